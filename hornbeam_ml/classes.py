@@ -1,0 +1,103 @@
+"""What can be read off a class: its methods, which of them may run, and what those change."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hornbeam_ml.bytecode import is_library_file, read_code
+
+_HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
+_LIFE: Final = frozenset(("__init__", "__new__", "__del__", "__post_init__", "__setstate__"))
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What happens when code uses an object of a class.
+
+    Attributes:
+        methods: The methods that may run.
+        names: The names that these mention.
+        changed: The attributes that these assign to or change in place.
+    """
+
+    methods: frozenset[str]
+    names: frozenset[str]
+    changed: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def reach(class_: type, names: frozenset[str]) -> Reached:
+    """Return what code that mentions `names` may run of a class.
+
+    Operators run methods that no code mentions, so the special ones always count, but for those
+    that make and end the object.
+    """
+    functions: dict[str, types.FunctionType] = {}
+    for base in reversed(class_.__mro__):
+        functions.update(methods_of(base))
+    special = {name for name in functions if name.startswith("__")} - _LIFE
+    waiting = [name for name in functions if name in names or name in special]
+    methods: set[str] = set()
+    mentioned: set[str] = set()
+    changed: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in methods:
+            methods.add(name)
+            code = read_code(functions[name].__code__)
+            mentioned |= code.names
+            changed |= code.changed
+            waiting.extend(code.names & functions.keys())
+    return Reached(frozenset(methods), frozenset(mentioned), frozenset(changed))
+
+
+def methods_of(class_: type) -> dict[str, types.FunctionType]:
+    """Return the functions a class itself defines, those behind properties and the like too."""
+    found = {}
+    for name, member in vars(class_).items():
+        function = member
+        if isinstance(member, property):
+            function = member.fget
+        elif isinstance(member, functools.cached_property):
+            function = member.func
+        elif isinstance(member, staticmethod | classmethod):
+            function = member.__func__
+        if isinstance(function, types.FunctionType):
+            found[name] = function
+    return found
+
+
+def is_pure_python(class_: type) -> bool:
+    """Return whether objects of the class hold nothing but Python attributes."""
+    return all(base is object or base.__flags__ & _HEAP_TYPE for base in class_.__mro__)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library_class(class_: type) -> bool:
+    """Return whether a class belongs to Python or to an installed distribution."""
+    if not class_.__flags__ & _HEAP_TYPE:
+        return True
+    try:
+        return is_library_file(inspect.getfile(class_))
+    except (TypeError, OSError):
+        return False
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots too, without running any code of it."""
+    found: dict[str, Any] = {}
+    for base in type(value).__mro__:
+        for name, member in vars(base).items():
+            if isinstance(member, types.MemberDescriptorType):
+                try:
+                    found[name] = member.__get__(value)
+                except AttributeError:
+                    continue  # an empty slot
+    with contextlib.suppress(AttributeError):
+        found.update(object.__getattribute__(value, "__dict__"))
+    return found

@@ -1,0 +1,152 @@
+"""What a torch module is: a digest of its weights and structure, and the settings it has now.
+
+Never its name: models are retrained in place under one name. The weights in memory are read, once
+per module and again after any of its tensors was written to. torch is not imported here; whoever
+holds a module has done so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hornbeam_ml.bytecode import is_library_file, library_version
+
+_SETTINGS: Final = ("max_seq_length", "prompts", "default_prompt_name", "truncate_dim")
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
+
+
+class UnreadableModule(Exception):
+    """The weights are in a form that cannot be read (packed, quantised, on the meta device)."""
+
+
+def is_torch_module(value: Any) -> bool:
+    """Return whether the value is a `torch.nn.Module`."""
+    module = getattr(sys.modules.get("torch.nn"), "Module", None)
+    return module is not None and isinstance(value, module)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    tensors: list[Any]
+    stamp: tuple[Any, ...]
+    digest: bytes
+    own_parts: list[weakref.ref[Any]]
+
+
+class TorchModules:
+    """Remembers the digest of each living module. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def describe(self, module: Any) -> tuple[Any, ...]:
+        """Return class, weights, settings and numeric class of a module.
+
+        Raises:
+            UnreadableModule: its weights cannot be read.
+        """
+        known = self._lookup(module)
+        settings = [(name, repr(getattr(module, name, None))) for name in _SETTINGS]
+        class_ = type(module)
+        return (
+            f"{class_.__module__}.{class_.__qualname__}",
+            known.digest,
+            settings,
+            bool(module.training),
+            _numeric_class(module, known.tensors),
+        )
+
+    def own_parts(self, module: Any) -> list[Any]:
+        """Return the submodules (itself included) whose class is the app's own."""
+        return [part for ref in self._lookup(module).own_parts if (part := ref()) is not None]
+
+    def _lookup(self, module: Any) -> _Known:
+        known = self._known.get(module)
+        if known is None or known.stamp != _stamp(known.tensors):
+            with self._lock:  # one thread reads the weights, the others wait for its result
+                known = self._known.get(module)
+                if known is None or known.stamp != _stamp(known.tensors):
+                    known = self._known[module] = _read(module)
+        return known
+
+
+def own_attributes(part: Any) -> dict[str, Any]:
+    """Return what a submodule keeps beside torch's own bookkeeping."""
+    bookkeeping = vars(sys.modules["torch.nn"].Module()).keys()
+    return {name: value for name, value in vars(part).items() if name not in bookkeeping}
+
+
+def _read(module: Any) -> _Known:
+    state = module.state_dict(keep_vars=True)
+    tensors = [*module.parameters(), *module.buffers()]
+    stamp = _stamp(tensors)  # before reading: a write meanwhile is seen the next time
+    digest = hashlib.blake2b(digest_size=32)
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + b"\0")
+        _update_with_tensor(digest, value)
+    digest.update(json.dumps(_structure(module), sort_keys=True, default=str).encode())
+    digest.update(_tokenizer(module))
+    own = [weakref.ref(part) for part in module.modules() if _is_own(type(part))]
+    return _Known(tensors, stamp, digest.digest(), own)
+
+
+def _stamp(tensors: list[Any]) -> tuple[Any, ...]:
+    """Return what changes when a tensor is written to or replaced: a version and an address."""
+    try:
+        return tuple((one._version, one.data_ptr()) for one in tensors)  # noqa: SLF001
+    except RuntimeError:  # tensors made in inference mode count no versions
+        return tuple(one.data_ptr() for one in tensors)
+
+
+def _update_with_tensor(digest: Any, value: Any) -> None:
+    torch = sys.modules["torch"]
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    if not plain or value.is_quantized or value.is_meta:
+        raise UnreadableModule
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+    digest.update(memoryview(data.numpy()))
+
+
+def _structure(module: Any) -> list[Any]:
+    parts = []
+    for name, part in module.named_modules():
+        config = getattr(part, "config", None)
+        to_dict = getattr(config, "to_dict", None)
+        settings = to_dict() if callable(to_dict) else None
+        if isinstance(settings, dict):
+            settings.pop("_name_or_path", None)
+        extra = _ADDRESS.sub("", part.extra_repr())
+        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", extra, settings])
+    return parts
+
+
+def _tokenizer(module: Any) -> bytes:
+    """Return the tokeniser's rules, less the truncation and padding that each call sets anew."""
+    backend = getattr(getattr(module, "tokenizer", None), "backend_tokenizer", None)
+    if backend is None:
+        return b""
+    rules = json.loads(backend.to_str())
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    return json.dumps(rules, sort_keys=True).encode()
+
+
+def _numeric_class(module: Any, tensors: list[Any]) -> tuple[str, ...]:
+    """Return precision and backend: the same weights give other bits on another device."""
+    kinds = sorted({f"{one.dtype}/{one.device.type}" for one in tensors if one.is_floating_point()})
+    packages = ("torch", "transformers", type(module).__module__)
+    return (*kinds, *(library_version(name) for name in packages if name in sys.modules))
+
+
+def _is_own(class_: type) -> bool:
+    source = getattr(sys.modules.get(class_.__module__), "__file__", None)
+    return source is None or not is_library_file(source)

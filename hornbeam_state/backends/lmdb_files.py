@@ -1,0 +1,181 @@
+"""The open LMDB environments of a store directory, shared by everything in one process.
+
+LMDB must not open a file twice in one process, and must not use after a fork what was opened
+before it: this module keeps both rules.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import lmdb
+
+from hornbeam_state.backends.directory import check_data_file, damaged, prepare_directory
+from hornbeam_state.backends.kernel_locks import lock_range
+from hornbeam_state.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hornbeam_state.backends.base import Space
+    from hornbeam_state.config import StoreConfig
+
+_FILES: Final[dict[str, tuple[Space, ...]]] = {"state": ("app", "sys"), "cache": ("cache",)}
+_META_DB: Final = b"meta"
+DAMAGE: Final = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.VersionMismatchError,
+    lmdb.PanicError,
+)
+"""LMDB's errors that mean a damaged file."""
+
+
+class LmdbFiles:
+    """The open environments of one directory, shared by all backends of this process.
+
+    Attributes:
+        directory: Where the files lie.
+        databases: Environment and database handle of each key space.
+        cache_meta: The cache file's database for its own bookkeeping.
+        cache_size: Most bytes the cache file may take.
+        eviction_hand: Where in the cache's keys eviction goes on.
+
+    Raises:
+        StoreUnavailable: a file cannot be opened or is damaged.
+    """
+
+    def __init__(self, config: StoreConfig, directory: Path) -> None:
+        self.directory = directory
+        self.cache_size = config.cache_size
+        self.eviction_hand = b"\0"
+        self.users = 0
+        self._environments: dict[str, Any] = {}
+        self.databases: dict[Space, tuple[Any, Any]] = {}
+        self._presence = _announce_presence(directory)
+        try:
+            self._open_all({"state": config.state_size, "cache": config.cache_size})
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_all(self, sizes: dict[str, int]) -> None:
+        for name, spaces in _FILES.items():
+            environment = _open(self.directory / f"{name}.lmdb", sizes[name])
+            self._environments[name] = environment
+            for space in spaces:
+                self.databases[space] = (environment, environment.open_db(space.encode()))
+        self.cache_meta = self._environments["cache"].open_db(_META_DB)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for environment in self._environments.values():
+            environment.close()
+        os.close(self._presence)
+
+    def forget_after_fork(self) -> None:
+        """Give up, in a forked child, what belongs to the parent.
+
+        Closing an inherited environment would free the parent's reader slots; dropping the last
+        reference to it does not, as long as no read transaction is kept for reuse
+        (``max_spare_txns=0``): freeing a kept one breaks the parent's next read.
+        """
+        os.close(self._presence)
+
+
+# The open files of this process by directory: LMDB must not open one twice.
+_open_files: dict[Path, LmdbFiles] = {}
+_open_files_lock = threading.Lock()
+
+
+def acquire_files(config: StoreConfig) -> LmdbFiles:
+    """Open a store's files, or share those this process has open already."""
+    directory = prepare_directory(config).resolve()
+    with _open_files_lock:
+        if directory not in _open_files:
+            _open_files[directory] = LmdbFiles(config, directory)
+        files = _open_files[directory]
+        files.users += 1
+        return files
+
+
+def release_files(files: LmdbFiles) -> None:
+    """Close the files if nobody else of this process uses them."""
+    with _open_files_lock:
+        files.users -= 1
+        if files.users == 0:
+            del _open_files[files.directory]
+            files.close()
+
+
+def _forget_after_fork() -> None:
+    global _open_files_lock  # noqa: PLW0603 - one held by another thread at the fork stays held
+    _open_files_lock = threading.Lock()
+    for files in _open_files.values():
+        files.forget_after_fork()
+    _open_files.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _open(path: Path, size: int) -> Any:
+    """Open one data file.
+
+    ``writemap`` would make writes four times as fast, and a full disk a SIGBUS.
+    """
+    try:
+        environment = lmdb.open(
+            str(path),
+            map_size=size,
+            subdir=False,
+            sync=False,
+            metasync=False,
+            readahead=False,
+            mode=0o600,
+            max_readers=2048,
+            max_dbs=4,
+            max_spare_txns=0,
+            lib_version=0,
+        )
+        environment.reader_check()
+    except DAMAGE as error:
+        raise damaged(path, str(error)) from error
+    except lmdb.Error as error:
+        raise StoreUnavailable(f"cannot open the store file {path}: {error}") from error
+    return environment
+
+
+def _announce_presence(directory: Path) -> int:
+    """Hold a shared lock while the store is open; whoever finds it free checks the files first.
+
+    Returns:
+        The descriptor that holds the lock.
+    """
+    descriptor = os.open(directory / "users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        alone = lock_range(descriptor, fcntl.F_WRLCK)
+        for name in _FILES:
+            check_data_file(directory / f"{name}.lmdb", thorough=alone)
+        _wait_for_shared_lock(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _wait_for_shared_lock(descriptor: int, timeout: float = 10.0) -> None:
+    """Turn the lock into a shared one, once whoever checks the files is done."""
+    deadline = time.monotonic() + timeout
+    while not lock_range(descriptor, fcntl.F_RDLCK):
+        if time.monotonic() > deadline:
+            raise StoreUnavailable(
+                f"another process has been checking the store's files for {timeout:.0f} s; "
+                f"try again"
+            )
+        time.sleep(0.005)

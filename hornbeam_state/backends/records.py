@@ -1,0 +1,69 @@
+"""How the embedded store lays out a key and its value in LMDB.
+
+A record is a header (flags, expiry in milliseconds since the epoch, 0 for none) and the value.
+LMDB keys end at 511 bytes; a longer key keeps its first bytes, so that prefix listing still finds
+it, and gains a digest; its full text lies between header and value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Final
+
+from hornbeam_state.errors import WrongType
+
+_HEADER: Final = struct.Struct("<BQ")
+_SIZE: Final = _HEADER.size
+_LONG_KEY: Final = 1
+_KEY_LENGTH: Final = struct.Struct("<H")
+_LONGEST_PLAIN_KEY: Final = 480
+KEPT_OF_LONG_KEY: Final = 448
+"""Bytes of a long key that its stored form begins with; 33 more make 481, never a plain key."""
+
+
+def stored_key(key: bytes) -> bytes:
+    """Return the LMDB key for a key of 1 to 4,096 bytes."""
+    if len(key) <= _LONGEST_PLAIN_KEY:
+        return key
+    return key[:KEPT_OF_LONG_KEY] + b"\0" + hashlib.blake2b(key, digest_size=32).digest()
+
+
+def make_record(key: bytes, value: bytes, expiry: int) -> bytes:
+    """Return the record of a value that expires at that millisecond (0: never)."""
+    if len(key) <= _LONGEST_PLAIN_KEY:
+        return _HEADER.pack(0, expiry) + value
+    return _HEADER.pack(_LONG_KEY, expiry) + _KEY_LENGTH.pack(len(key)) + key + value
+
+
+def expiry_of(record: bytes | memoryview) -> int:
+    """Return the millisecond at which the record expires, 0 for never."""
+    return int(_HEADER.unpack_from(record)[1])
+
+
+def payload(record: bytes) -> bytes:
+    """Return the value in a record."""
+    return record[_SIZE:] if record[0] != _LONG_KEY else record[_end_of_key(record) :]
+
+
+def full_key(stored: memoryview, record: memoryview) -> bytes:
+    """Return the key as it was given."""
+    if record[0] != _LONG_KEY:
+        return bytes(stored)
+    return bytes(record[_SIZE + _KEY_LENGTH.size : _end_of_key(record)])
+
+
+def parse_counter(value: bytes) -> int:
+    """Return the number a counter's value stands for.
+
+    Raises:
+        WrongType: it is the value of something else.
+    """
+    digits = value[1:] if value[:1] == b"-" else value
+    if not digits.isdigit():
+        raise WrongType("the key holds a value that is not a counter")
+    return int(value)
+
+
+def _end_of_key(record: bytes | memoryview) -> int:
+    return _SIZE + _KEY_LENGTH.size + int(_KEY_LENGTH.unpack_from(record, _SIZE)[0])
