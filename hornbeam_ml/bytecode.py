@@ -151,7 +151,7 @@ def is_library_file(filename: str) -> bool:
 
 
 def library_version(module: str) -> str:
-    """Return the version of the top-level package that a module belongs to, as it states it."""
+    """Return the version that a module's top-level package states, or Python's."""
     package = sys.modules.get(module.partition(".")[0])
     version = getattr(package, "__version__", None)
-    return version if isinstance(version, str) else sys.version.partition(" ")[0]
+    return str(version) if isinstance(version, str) else sys.version.partition(" ")[0]

@@ -12,6 +12,16 @@ from typing import Any, Final
 from hornbeam_ml.bytecode import is_library_file, read_code
 
 _HEAP_TYPE: Final = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
+_BARE: Final = (object, types.SimpleNamespace)
+_BEHAVIOUR: Final = (
+    types.FunctionType,
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    property,
+    functools.cached_property,
+    staticmethod,
+    classmethod,
+)
 _LIFE: Final = frozenset(("__init__", "__new__", "__del__", "__post_init__", "__setstate__"))
 
 
@@ -37,9 +47,7 @@ def reach(class_: type, names: frozenset[str]) -> Reached:
     Operators run methods that no code mentions, so the special ones always count, but for those
     that make and end the object.
     """
-    functions: dict[str, types.FunctionType] = {}
-    for base in reversed(class_.__mro__):
-        functions.update(methods_of(base))
+    functions = methods_of_all(class_)
     special = {name for name in functions if name.startswith("__")} - _LIFE
     waiting = [name for name in functions if name in names or name in special]
     methods: set[str] = set()
@@ -72,9 +80,28 @@ def methods_of(class_: type) -> dict[str, types.FunctionType]:
     return found
 
 
+def methods_of_all(class_: type) -> dict[str, types.FunctionType]:
+    """Return the functions that objects of a class have as methods, inherited ones too."""
+    functions: dict[str, types.FunctionType] = {}
+    for base in reversed(class_.__mro__):
+        functions.update(methods_of(base))
+    return functions
+
+
+def class_attributes_of(class_: type) -> dict[str, Any]:
+    """Return the values a class itself keeps under names of its own."""
+    return {
+        name: value
+        for name, value in vars(class_).items()
+        if not (name.startswith("__") or name == "_abc_impl") and not isinstance(value, _BEHAVIOUR)
+    }
+
+
 def is_pure_python(class_: type) -> bool:
     """Return whether objects of the class hold nothing but Python attributes."""
-    return all(base is object or base.__flags__ & _HEAP_TYPE for base in class_.__mro__)
+    if class_.__module__ == "unittest.mock":
+        return False  # a mock's attributes are its record of calls
+    return all(base in _BARE or base.__flags__ & _HEAP_TYPE for base in class_.__mro__)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,8 +12,11 @@ and a warning says so once.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import functools
 import logging
+import queue
 import sys
 import threading
 import types
@@ -21,7 +24,15 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml.bytecode import is_library_file, library_version, read_code
-from hornbeam_ml.classes import attributes_of, is_library_class, is_pure_python, methods_of, reach
+from hornbeam_ml.classes import (
+    attributes_of,
+    class_attributes_of,
+    is_library_class,
+    is_pure_python,
+    methods_of,
+    methods_of_all,
+    reach,
+)
 from hornbeam_ml.models import aget_model, get_model, registered_models
 from hornbeam_ml.process_identity import ProcessIdentities
 from hornbeam_ml.torch_identity import (
@@ -46,16 +57,31 @@ _INERT: Final = (
     threading.Event,
     threading.Condition,
     threading.Semaphore,
+    threading.Thread,
     threading.local,
     type(threading.Lock()),
     type(threading.RLock()),
+    queue.Queue,
+    queue.SimpleQueue,
+    asyncio.AbstractEventLoop,
+    asyncio.Condition,
+    asyncio.Event,
+    asyncio.Future,
+    asyncio.Lock,
+    asyncio.Queue,
+    asyncio.Semaphore,
+    concurrent.futures.Executor,
     ContextVar,
 )
-_CALLABLES: Final = (types.FunctionType, types.MethodType, functools.partial, type)
+"""Types whose objects serve the running of a function and not what it computes."""
+
 _MOST_OF_ONE: Final = 300
 """Values read of one captured object; a larger one (a web app, say) is not described by content."""
 _MOST_OF_ALL: Final = 3000
 """Values read of all that one callable captures."""
+_DEEPEST: Final = 100
+_NO_NAMES: Final[frozenset[str]] = frozenset()
+_CALLABLES: Final = (types.FunctionType, types.MethodType, functools.partial, type)
 
 _fingerprints: dict[type, Callable[[Any], Any]] = {}
 _torch_modules: Final = TorchModules()
@@ -83,35 +109,32 @@ def describe_callable(function: Callable[..., Any]) -> Description:
     if not callable(function):
         raise TypeError(f"a callable is needed, not {type(function).__qualname__}")
     walk = _Walk()
-    if isinstance(function, _CALLABLES):
-        return walk.callable(function)
-    return ("call", walk.captured(function, frozenset(("__call__",))))
+    root = walk.captured(function, frozenset(("__call__",)))
+    return (root, walk.parts)
 
 
 class _TooMuch(Exception):
     """A captured object consists of more values than are worth reading at each call."""
 
 
+class _Opaque(Exception):
+    """An object's content cannot be read."""
+
+
 class _Walk:
-    """One walk over what a callable consists of. Each thing is described where it is met first."""
+    """One walk over what a callable consists of.
+
+    Functions and objects become numbered `parts` that refer to each other by number, so that
+    what is met again, or refers to itself, is described once.
+    """
 
     def __init__(self) -> None:
+        self.parts: list[Description] = []
         # By identity and by the names in play. It keeps what it met alive, and so the id unique.
         self._met: dict[tuple[int, frozenset[str]], tuple[int, Any]] = {}
         self._left = _MOST_OF_ALL
-
-    def callable(self, function: Any) -> Description:
-        """Describe one of `_CALLABLES`."""
-        if isinstance(function, types.MethodType):
-            name = function.__func__.__name__
-            owner = self.captured(function.__self__, frozenset((name,)))
-            return ("method", self.callable(function.__func__), owner)
-        if isinstance(function, functools.partial):
-            arguments = self._items(function.args), self._pairs(function.keywords)
-            return ("partial", self.callable(function.func), *arguments)
-        if isinstance(function, type):
-            return self._class(function)
-        return self._function(function)
+        self._depth = 0
+        self._library_objects = 0  # how many we are inside of
 
     def captured(self, value: Any, names: frozenset[str]) -> Description:
         """Describe something that code captures, or settle for an identity of this process.
@@ -120,80 +143,108 @@ class _Walk:
             value: It.
             names: The names that the code mentions: which methods it may run.
         """
-        left_before = self._left
+        known = _process_identities.find(value)
+        if known is not None:
+            return known
+        left_before, place = self._left, len(self.parts)
         self._left = allowed = min(left_before, _MOST_OF_ONE)
         try:
             return self.value(value, names)
         except _TooMuch:
+            self._back_to(place)
             return _process_identities.of(value)
         finally:
             self._left = left_before - (allowed - max(self._left, 0))
 
-    def value(self, value: Any, names: frozenset[str] = frozenset()) -> Description:
+    def value(self, value: Any, names: frozenset[str] = _NO_NAMES) -> Description:
         """Describe any value."""
         if type(value) in _PLAIN:
             return value
-        known = _process_identities.find(value)
-        if known is not None:
-            return known
-        self._left -= 1
-        if self._left < 0:
-            raise _TooMuch
         if issubclass(type(value), _CALLABLES):
-            return self.callable(value)
-        return self._met_before(value, names) or self._composite(value, names)
-
-    def _met_before(self, value: Any, names: frozenset[str] = frozenset()) -> Description | None:
-        """Return the place where this walk met a value; None, and note it, the first time."""
-        key = (id(value), names)
-        met = self._met.get(key)
+            names = _NO_NAMES  # they have their own
+        met = self._met.get((id(value), names))
         if met is not None:
-            return ("met before", met[0])
-        self._met[key] = (len(self._met), value)
-        return None
+            return ("part", met[0])
+        self._left -= 1
+        if self._left < 0 or self._depth > _DEEPEST:
+            raise _TooMuch
+        number = len(self.parts)
+        self._met[id(value), names] = (number, value)
+        self.parts.append(None)
+        self._depth += 1
+        try:
+            self.parts[number] = self._composite(value, names)
+        except _Opaque:
+            if self._library_objects:
+                raise
+            self._back_to(number)
+            return _process_identities.of(value)
+        finally:
+            self._depth -= 1
+        return ("part", number)
+
+    def _back_to(self, place: int) -> None:
+        """Forget what was described since, so that the description does not tell of the try."""
+        del self.parts[place:]
+        self._met = {key: met for key, met in self._met.items() if met[0] < place}
 
     def _composite(self, value: Any, names: frozenset[str]) -> Description:
         # By type and not by isinstance, which a proxy object would pass on to what it stands for.
         class_ = type(value)
         fingerprint = next(
-            (_fingerprints[one] for one in class_.__mro__ if one in _fingerprints), None
+            (_fingerprints[base] for base in class_.__mro__ if base in _fingerprints), None
         )
         if fingerprint is not None:
             return ("fingerprint", _full_name(class_), self.value(fingerprint(value)))
-        if class_ is functools._lru_cache_wrapper:  # noqa: SLF001
-            return ("lru_cache", self.value(value.__wrapped__))
         if issubclass(class_, _INERT):
             return ("inert", _full_name(class_))
-        if issubclass(class_, types.ModuleType):
-            return self._module(value, names)
+        for kind, describe in self._kinds:
+            if issubclass(class_, kind):
+                return describe(self, value, names)
         if is_torch_module(value):
             return self._torch_module(value, names)
         return self._data(value, names)
 
     def _data(self, value: Any, names: frozenset[str]) -> Description:
+        class_: type = type(value)
+        if is_pure_python(class_) and not is_library_class(class_):
+            return self._object(value, attributes_of(value), names)
         try:
             return ("value", canonical(value))
         except CodecError:
             pass
-        if type(value) in (list, tuple):
-            return (type(value).__name__, self._items(value, names))
-        if type(value) is dict:
+        if class_ in (list, tuple):
+            return (class_.__name__, self._items(value, names))
+        if class_ is dict:
             return ("dict", self._pairs(value, names))
-        named = _library_name(value)
-        if named is not None:
-            return named
-        if is_pure_python(type(value)) and type(value).__module__ != "unittest.mock":
+        if is_pure_python(class_):
             return self._object(value, attributes_of(value), names)
-        return _process_identities.of(value)
+        return self._foreign(value)
 
-    def _function(self, function: types.FunctionType) -> Description:
+    def _foreign(self, value: Any) -> Description:
+        """Describe what is made in C: by its name in a library, or as a method of a value."""
+        if _is_library_member(value):
+            return ("named", *_names_of(value), library_version(_names_of(value)[0]))
+        if type(value) is types.BuiltinMethodType:
+            return ("bound", value.__name__, self.value(value.__self__))
+        raise _Opaque
+
+    def _method(self, method: types.MethodType, _names: frozenset[str]) -> Description:
+        names = frozenset((method.__func__.__name__,))
+        return ("method", self.value(method.__func__), self.captured(method.__self__, names))
+
+    def _partial(self, partial: Any, _names: frozenset[str]) -> Description:
+        arguments = self._items(partial.args), self._pairs(partial.keywords)
+        return ("partial", self.value(partial.func), *arguments)
+
+    def _lru_cache(self, function: Any, _names: frozenset[str]) -> Description:
+        return ("lru_cache", self.value(function.__wrapped__))
+
+    def _function(self, function: types.FunctionType, _names: frozenset[str]) -> Description:
         if function in (get_model, aget_model):
             return ("models", self._pairs(registered_models()))
         code = read_code(function.__code__)
         name = (function.__module__, function.__qualname__, code.digest)
-        met = self._met_before(function)
-        if met is not None:
-            return met
         if is_library_file(function.__code__.co_filename):
             version = library_version(function.__module__ or "")
             return ("library", *name, version, self._cells(function, code.names, code.changed))
@@ -229,45 +280,59 @@ class _Walk:
         used = {name: vars(module)[name] for name in names if name in vars(module)}
         return ("module", module.__name__, self._pairs(used, names))
 
-    def _class(self, class_: type, reached: frozenset[str] | None = None) -> Description:
-        """Describe a class by name and version, one of the app also by its methods' code.
+    def _class(self, class_: type, _names: frozenset[str]) -> Description:
+        return ("class", self._class_parts(class_, frozenset(methods_of_all(class_)), frozenset()))
+
+    def _class_parts(
+        self, class_: type, reached: frozenset[str], changed: frozenset[str]
+    ) -> Description:
+        """Describe a class by name and version, one of the app also by what it consists of.
 
         Args:
             class_: The class.
-            reached: The methods that may run; what these capture counts too. None: all.
+            reached: The methods that may run; what these capture counts too.
+            changed: The attributes that these change, and that are left out.
         """
-        met = self._met_before(class_) if reached is None else None
-        if met is not None:
-            return met
-        methods = [
-            (name, self._function(function))
-            if reached is None or name in reached
-            else (name, read_code(function.__code__).digest)
-            for base in class_.__mro__
-            if not is_library_class(base)
-            for name, function in sorted(methods_of(base).items())
-        ]
-        return ("class", _full_name(class_), library_version(class_.__module__), methods)
+        parts: list[Description] = [_full_name(class_), library_version(class_.__module__)]
+        for base in class_.__mro__:
+            if not is_library_class(base):
+                parts.append(
+                    [
+                        (name, self.value(one) if name in reached else _digest(one))
+                        for name, one in sorted(methods_of(base).items())
+                    ]
+                )
+                values = class_attributes_of(base).items()
+                parts.append(self._pairs({k: one for k, one in values if k not in changed}))
+        return parts
 
     def _object(
         self, value: Any, attributes: Mapping[str, Any], names: frozenset[str]
     ) -> Description:
-        """Describe an object by its class, the methods that may run, and its attributes."""
+        """Describe an object by its class, the methods that may run, and its attributes.
+
+        A library's object that cannot be read to the end gets one identity as a whole, since its
+        other attributes (those of a client with its connections, say) come and go with its use.
+        """
         class_: type = type(value)
         reached = reach(class_, names)
         kept = {name: one for name, one in attributes.items() if name not in reached.changed}
-        return (
-            "object",
-            self._class(class_, reached.methods),
-            self._pairs(kept, names | reached.names),
-        )
+        is_library = is_library_class(class_)
+        self._library_objects += is_library
+        try:
+            return (
+                "object",
+                self._class_parts(class_, reached.methods, reached.changed),
+                self._pairs(kept, names | reached.names),
+            )
+        finally:
+            self._library_objects -= is_library
 
     def _torch_module(self, module: Any, names: frozenset[str]) -> Description:
         try:
-            description = _torch_modules.describe(module)
-            own_parts = _torch_modules.own_parts(module)
-        except UnreadableModule:
-            return _process_identities.of(module)
+            description, own_parts = _torch_modules.describe(module)
+        except UnreadableModule as error:
+            raise _Opaque from error
         names |= {"forward"}
         return (
             "torch",
@@ -275,19 +340,26 @@ class _Walk:
             [self._object(part, own_attributes(part), names) for part in own_parts],
         )
 
-    def _items(
-        self, values: Iterable[Any], names: frozenset[str] = frozenset()
-    ) -> list[Description]:
+    def _items(self, values: Iterable[Any], names: frozenset[str] = _NO_NAMES) -> list[Description]:
         return [self.value(value, names) for value in values]
 
     def _pairs(
-        self, mapping: Mapping[Any, Any], names: frozenset[str] = frozenset()
+        self, mapping: Mapping[Any, Any], names: frozenset[str] = _NO_NAMES
     ) -> list[Description]:
         """Describe a mapping in an order that does not depend on how it was filled."""
         if all(type(key) is str for key in mapping):
             return [(key, self.value(mapping[key], names)) for key in sorted(mapping)]
         keys = sorted((canonical(self.value(key)), key) for key in mapping)
         return [(described, self.value(mapping[key], names)) for described, key in keys]
+
+    _kinds = (
+        (types.FunctionType, _function),
+        (types.MethodType, _method),
+        (functools.partial, _partial),
+        (functools._lru_cache_wrapper, _lru_cache),  # noqa: SLF001 - the type has no other name
+        (type, _class),
+        (types.ModuleType, _module),
+    )
 
 
 def _is_assigned(cell: types.CellType) -> bool:
@@ -298,21 +370,28 @@ def _is_assigned(cell: types.CellType) -> bool:
     return True
 
 
-def _library_name(value: Any) -> Description | None:
-    """Describe something a library keeps under its own name, such as ``math.sqrt``."""
-    module = getattr(value, "__module__", None)
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    owner = getattr(value, "__self__", None)
-    if isinstance(owner, types.ModuleType):
-        module = owner.__name__
-    if not isinstance(module, str) or not isinstance(name, str):
-        return None
+def _is_library_member(value: Any) -> bool:
+    """Return whether a library keeps the value under its own name, as it does ``math.sqrt``."""
+    module, name = _names_of(value)
     found: Any = sys.modules.get(module)
-    if not is_library_file(getattr(found, "__file__", None) or "<frozen"):
-        return None
+    if found is None or not is_library_file(getattr(found, "__file__", None) or "<frozen"):
+        return False
     for part in name.split("."):
         found = getattr(found, part, None)
-    return ("named", module, name, library_version(module)) if found is value else None
+    return found is value
+
+
+def _names_of(value: Any) -> tuple[str, str]:
+    """Return the module and the qualified name that a value says it has, or empty ones."""
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    owner = getattr(value, "__self__", None) or getattr(value, "__objclass__", None)
+    module = getattr(owner, "__name__", None) if type(owner) is types.ModuleType else None
+    module = module or getattr(owner if isinstance(owner, type) else value, "__module__", None)
+    return (module, name) if isinstance(module, str) and isinstance(name, str) else ("", "")
+
+
+def _digest(function: types.FunctionType) -> bytes:
+    return read_code(function.__code__).digest
 
 
 def _full_name(class_: type) -> str:

@@ -175,6 +175,7 @@ def _try_claim(path: Path) -> _Slot | None:
         os.posix_fallocate(descriptor, 0, _SLOT_BYTES)
         memory = mmap.mmap(descriptor, _SLOT_BYTES)
         if bytes(memory[: len(_MAGIC)]) != _MAGIC:
+            memory[:] = bytes(_SLOT_BYTES)
             _HEADER.pack_into(memory, 0, _MAGIC, _HEADER.size)
         return _Slot(memory, path, descriptor)
     except OSError:

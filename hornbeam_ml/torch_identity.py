@@ -35,8 +35,9 @@ def is_torch_module(value: Any) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Known:
     tensors: list[Any]
-    stamp: tuple[Any, ...]
+    stamp: list[Any]
     digest: bytes
+    numeric_class: tuple[str, ...]
     own_parts: list[weakref.ref[Any]]
 
 
@@ -47,26 +48,24 @@ class TorchModules:
         self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def describe(self, module: Any) -> tuple[Any, ...]:
-        """Return class, weights, settings and numeric class of a module.
+    def describe(self, module: Any) -> tuple[tuple[Any, ...], list[Any]]:
+        """Describe a module by its class, weights, settings and numeric class.
+
+        Returns:
+            The description, and the submodules (itself included) whose class is the app's own:
+            what these keep beside their tensors is not in the description.
 
         Raises:
             UnreadableModule: its weights cannot be read.
         """
         known = self._lookup(module)
-        settings = [(name, repr(getattr(module, name, None))) for name in _SETTINGS]
+        settings = [repr(getattr(module, name, None)) for name in _SETTINGS]
         class_ = type(module)
-        return (
-            f"{class_.__module__}.{class_.__qualname__}",
-            known.digest,
-            settings,
-            bool(module.training),
-            _numeric_class(module, known.tensors),
-        )
-
-    def own_parts(self, module: Any) -> list[Any]:
-        """Return the submodules (itself included) whose class is the app's own."""
-        return [part for ref in self._lookup(module).own_parts if (part := ref()) is not None]
+        # Encoding puts a SentenceTransformer into evaluation mode by itself.
+        trains = module.training and not class_.__module__.startswith("sentence_transformers.")
+        name = f"{class_.__module__}.{class_.__qualname__}"
+        own_parts = [part for ref in known.own_parts if (part := ref()) is not None]
+        return (name, known.digest, settings, trains, known.numeric_class), own_parts
 
     def _lookup(self, module: Any) -> _Known:
         known = self._known.get(module)
@@ -95,15 +94,16 @@ def _read(module: Any) -> _Known:
     digest.update(json.dumps(_structure(module), sort_keys=True, default=str).encode())
     digest.update(_tokenizer(module))
     own = [weakref.ref(part) for part in module.modules() if _is_own(type(part))]
-    return _Known(tensors, stamp, digest.digest(), own)
+    return _Known(tensors, stamp, digest.digest(), _numeric_class(module, tensors), own)
 
 
-def _stamp(tensors: list[Any]) -> tuple[Any, ...]:
-    """Return what changes when a tensor is written to or replaced: a version and an address."""
+def _stamp(tensors: list[Any]) -> list[Any]:
+    """Return what changes when a tensor is written to or replaced: its version and address."""
+    addresses = [one.data_ptr() for one in tensors]
     try:
-        return tuple((one._version, one.data_ptr()) for one in tensors)  # noqa: SLF001
+        return [one._version for one in tensors] + addresses  # noqa: SLF001
     except RuntimeError:  # tensors made in inference mode count no versions
-        return tuple(one.data_ptr() for one in tensors)
+        return addresses
 
 
 def _update_with_tensor(digest: Any, value: Any) -> None:

@@ -69,7 +69,6 @@ from hornbeam_state.locks import Lock
 from hornbeam_state.store import Store, open_store
 
 __all__ = [
-    "MISSING",
     "CodecError",
     "ConfigError",
     "CounterOverflow",
@@ -79,6 +78,7 @@ __all__ = [
     "Lock",
     "LockLost",
     "LockTimeout",
+    "MISSING",
     "NodeDown",
     "NotExposed",
     "Overloaded",

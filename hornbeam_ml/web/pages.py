@@ -41,6 +41,8 @@ def respond(method: str, path: str, query: str) -> Page:
         return _json(405, "Method Not Allowed", {"error": "these pages are read with GET"}, allow)
     try:
         return _json(200, "OK", page(parse_qs(query)))
+    except ValueError as error:
+        return _json(400, "Bad Request", {"error": str(error)})
     except StoreUnavailable:
         retry = (("retry-after", "1"),)
         return _json(503, "Service Unavailable", {"error": "the store is unavailable"}, retry)
