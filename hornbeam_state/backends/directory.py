@@ -75,7 +75,7 @@ def runtime_directory(config: StoreConfig) -> Path:
     Raises:
         StoreUnavailable: it cannot be made, or belongs to someone else.
     """
-    path = _temporary_directory(config.url)
+    path = _temporary_directory(config.safe_url)  # a digest of a password could be guessed
     try:
         _make(path)
     except OSError as error:

