@@ -278,15 +278,15 @@ def make_backend(config: StoreConfig) -> Backend:
 
 
 def _key(key: str) -> bytes:
-    if not isinstance(key, str):
-        raise TypeError(f"a key is a str, not {type(key).__qualname__}")
     try:
-        name = key.encode()
+        name = str.encode(key)
+    except TypeError:
+        raise TypeError(f"a key is a str, not {type(key).__qualname__}") from None
     except UnicodeEncodeError:
         raise ValueError("a key cannot be encoded as UTF-8: it holds a lone surrogate") from None
-    if not name:
-        raise ValueError("a key is not empty")
-    if len(name) > _LONGEST_KEY:
+    if not 0 < len(name) <= _LONGEST_KEY:
+        if not name:
+            raise ValueError("a key is not empty")
         raise KeyTooLong(f"a key has at most {_LONGEST_KEY} bytes of UTF-8, this one {len(name)}")
     return name
 

@@ -28,6 +28,8 @@ from hornbeam_state.backends.kernel_locks import KernelLock, try_kernel_lock
 from hornbeam_state.backends.lmdb_files import DAMAGE, LmdbFiles, acquire_files, release_files
 from hornbeam_state.backends.records import (
     KEPT_OF_LONG_KEY,
+    LONGEST_PLAIN_KEY,
+    PLAIN_HEADER,
     expiry_of,
     full_key,
     make_record,
@@ -167,12 +169,16 @@ class EmbeddedKeyspace:
         try:
             txn = self._begin(self._db)
             try:
-                record = txn.get(stored_key(key))
+                record = txn.get(key if len(key) <= LONGEST_PLAIN_KEY else stored_key(key))
             finally:
                 txn.abort()
         except lmdb.Error as error:
             raise self._translated(error) from error
-        return None if record is None else self._value(record)
+        if record is None:
+            return None
+        if record.startswith(PLAIN_HEADER):
+            return record[len(PLAIN_HEADER) :]  # type: ignore[no-any-return]
+        return self._value(record)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values in order, all from one snapshot."""

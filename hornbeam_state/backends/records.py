@@ -17,21 +17,23 @@ _HEADER: Final = struct.Struct("<BQ")
 _SIZE: Final = _HEADER.size
 _LONG_KEY: Final = 1
 _KEY_LENGTH: Final = struct.Struct("<H")
-_LONGEST_PLAIN_KEY: Final = 480
+PLAIN_HEADER: Final = _HEADER.pack(0, 0)
+"""What the record of a plain key that does not expire begins with: most of them."""
+LONGEST_PLAIN_KEY: Final = 480
 KEPT_OF_LONG_KEY: Final = 448
 """Bytes of a long key that its stored form begins with; 33 more make 481, never a plain key."""
 
 
 def stored_key(key: bytes) -> bytes:
     """Return the LMDB key for a key of 1 to 4,096 bytes."""
-    if len(key) <= _LONGEST_PLAIN_KEY:
+    if len(key) <= LONGEST_PLAIN_KEY:
         return key
     return key[:KEPT_OF_LONG_KEY] + b"\0" + hashlib.blake2b(key, digest_size=32).digest()
 
 
 def make_record(key: bytes, value: bytes, expiry: int) -> bytes:
     """Return the record of a value that expires at that millisecond (0: never)."""
-    if len(key) <= _LONGEST_PLAIN_KEY:
+    if len(key) <= LONGEST_PLAIN_KEY:
         return _HEADER.pack(0, expiry) + value
     return _HEADER.pack(_LONG_KEY, expiry) + _KEY_LENGTH.pack(len(key)) + key + value
 
