@@ -8,6 +8,7 @@ Commits go to the page cache, not to the disk: they survive ``kill -9`` of any p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -18,7 +19,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import lmdb
 
@@ -42,11 +43,21 @@ from hornbeam_state.errors import CounterOverflow, StoreError, StoreFull, StoreU
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from hornbeam_state.backends.write_guard import WriteGuard
     from hornbeam_state.config import StoreConfig
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _EVICTIONS: Final = b"evictions"
 _EVICT_ABOVE: Final = 0.75  # of the cache's size: copy-on-write needs the rest for its old pages
 _EVICT_AT_ONCE: Final = 64
+_LOOP_PATIENCE: Final = 0.002
+"""Seconds an event loop waits for another writer before a thread waits instead."""
+
+
+class _Busy(StoreUnavailable):
+    """Another writer did not finish in time."""
 
 
 class EmbeddedBackend:
@@ -73,6 +84,11 @@ class EmbeddedBackend:
     def directory(self) -> Path:
         """The directory in use; opens the store to know it."""
         return self.opened().directory
+
+    @property
+    def timeout(self) -> float:
+        """Seconds a writer waits for another."""
+        return self._config.timeout
 
     def keyspace(self, space: Space) -> EmbeddedKeyspace:
         """Return the key space of that name."""
@@ -144,6 +160,7 @@ class EmbeddedKeyspace:
         self._clock = clock
         self._db: Any = None
         self._begin: Callable[..., Any] = self._open_and_begin
+        self._guard: WriteGuard | None = None
         self._evicts = space == "cache"
 
     def detach(self, *, forked: bool = False) -> None:
@@ -153,6 +170,7 @@ class EmbeddedKeyspace:
         with the old environment, where no handle would mean LMDB's unnamed database.
         """
         self._begin = self._open_and_begin
+        self._guard = None
         if forked:
             self._db = None
 
@@ -180,11 +198,19 @@ class EmbeddedKeyspace:
             return record[len(PLAIN_HEADER) :]  # type: ignore[no-any-return]
         return self._value(record)
 
+    async def aget(self, key: bytes) -> bytes | None:
+        """Awaitable twin of `get`: direct, since it takes less than handing it to a thread."""
+        return self.get(key)
+
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values in order, all from one snapshot."""
         with self._transaction() as txn:
             records = [txn.get(stored_key(key)) for key in keys]
         return [None if record is None else self._value(record) for record in records]
+
+    async def aget_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Awaitable twin of `get_many`."""
+        return self.get_many(keys)
 
     def ttl(self, key: bytes) -> float | None:
         """Return the seconds left, or None; KeyError when absent."""
@@ -195,10 +221,18 @@ class EmbeddedKeyspace:
         expiry = expiry_of(record)
         return None if expiry == 0 else expiry / 1000 - self._clock()
 
+    async def attl(self, key: bytes) -> float | None:
+        """Awaitable twin of `ttl`."""
+        return self.ttl(key)
+
     def keys(self, prefix: bytes = b"") -> list[bytes]:
         """Return the live keys under the prefix, sorted."""
         with self._transaction(buffers=True) as txn:
             return sorted(key for _, key, record in _under(txn, prefix) if self._is_live(record))
+
+    async def akeys(self, prefix: bytes = b"") -> list[bytes]:
+        """Awaitable twin of `keys`; in a thread, since it may take long."""
+        return await asyncio.to_thread(self.keys, prefix)
 
     def usage(self, prefix: bytes = b"") -> Usage:
         """Count by LMDB's own statistics; under a prefix, by walking it.
@@ -214,127 +248,153 @@ class EmbeddedKeyspace:
                 entries, used = statistics["entries"], _pages(statistics) * statistics["psize"]
             return Usage(entries=entries, bytes=used, evictions=self._evictions(txn))
 
-    # Writes.
+    async def ausage(self, prefix: bytes = b"") -> Usage:
+        """Awaitable twin of `usage`; in a thread, since it may take long."""
+        return await asyncio.to_thread(self.usage, prefix)
+
+    # Writes. Each is a function of a transaction; `_write` and `_awrite` run it.
 
     def put(self, key: bytes, value: bytes, ttl: float | None = None) -> None:
         """Store the value and replace the expiry."""
-        self.put_many({key: value}, ttl)
+        self._write(self._put, {key: value}, ttl)
+
+    async def aput(self, key: bytes, value: bytes, ttl: float | None = None) -> None:
+        """Awaitable twin of `put`."""
+        await self._awrite(self._put, {key: value}, ttl)
 
     def put_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
         """Store all items in one transaction."""
+        self._write(self._put, items, ttl)
+
+    async def aput_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
+        """Awaitable twin of `put_many`."""
+        await self._awrite(self._put, items, ttl)
+
+    def _put(self, txn: Any, items: Mapping[bytes, bytes], ttl: float | None) -> None:
         expiry = self._expiry(ttl)
-        with self._transaction(write=True) as txn:
-            for key, value in items.items():
-                txn.put(stored_key(key), make_record(key, value, expiry))
-            if self._evicts:
-                self._make_room(txn)
+        for key, value in items.items():
+            txn.put(stored_key(key), make_record(key, value, expiry))
+        if self._evicts:
+            self._make_room(txn)
 
     def add(self, key: bytes, value: bytes, ttl: float | None = None) -> bool:
         """Store the value if the key is absent."""
-        return self.cas(key, None, value, ttl)
+        return self._write(self._cas, key, None, value, ttl)
+
+    async def aadd(self, key: bytes, value: bytes, ttl: float | None = None) -> bool:
+        """Awaitable twin of `add`."""
+        return await self._awrite(self._cas, key, None, value, ttl)
 
     def cas(
         self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None = None
     ) -> bool:
         """Store the value if the present one is as expected."""
-        with self._transaction(write=True) as txn:
-            record = txn.get(stored_key(key))
-            if (None if record is None else self._value(record)) != expected:
-                return False
-            txn.put(stored_key(key), make_record(key, value, self._expiry(ttl)))
-            return True
-
-    def incr(self, key: bytes, delta: int, ttl: float | None = None) -> int:
-        """Add to a counter and return the sum."""
-        stored = stored_key(key)
-        with self._transaction(write=True) as txn:
-            record = txn.get(stored)
-            if record is None or not self._is_live(record):
-                total, expiry = delta, self._expiry(ttl)
-            else:
-                total = parse_counter(payload(record)) + delta
-                expiry = expiry_of(record)
-            if not COUNTER_MIN <= total <= COUNTER_MAX:
-                raise CounterOverflow("the counter would leave 64 bits; it was not changed")
-            txn.put(stored, make_record(key, b"%d" % total, expiry))
-            return total
-
-    def delete(self, key: bytes) -> bool:
-        """Remove the key."""
-        with self._transaction(write=True) as txn:
-            record = txn.pop(stored_key(key))
-            return record is not None and self._is_live(record)
-
-    def clear(self, prefix: bytes = b"") -> int:
-        """Remove the keys under the prefix in one transaction."""
-        with self._transaction(write=True) as txn:
-            found = [(stored, self._is_live(record)) for stored, _, record in _under(txn, prefix)]
-            for stored, _ in found:
-                txn.delete(stored)
-            return sum(live for _, live in found)
-
-    # The twins: a call takes microseconds, less than handing it to a thread.
-
-    async def aget(self, key: bytes) -> bytes | None:
-        """Awaitable twin of `get`."""
-        return self.get(key)
-
-    async def aget_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Awaitable twin of `get_many`."""
-        return self.get_many(keys)
-
-    async def aput(self, key: bytes, value: bytes, ttl: float | None = None) -> None:
-        """Awaitable twin of `put`."""
-        self.put(key, value, ttl)
-
-    async def aput_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
-        """Awaitable twin of `put_many`."""
-        self.put_many(items, ttl)
-
-    async def aadd(self, key: bytes, value: bytes, ttl: float | None = None) -> bool:
-        """Awaitable twin of `add`."""
-        return self.add(key, value, ttl)
+        return self._write(self._cas, key, expected, value, ttl)
 
     async def acas(
         self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None = None
     ) -> bool:
         """Awaitable twin of `cas`."""
-        return self.cas(key, expected, value, ttl)
+        return await self._awrite(self._cas, key, expected, value, ttl)
+
+    def _cas(
+        self, txn: Any, key: bytes, expected: bytes | None, value: bytes, ttl: float | None
+    ) -> bool:
+        record = txn.get(stored_key(key))
+        if (None if record is None else self._value(record)) != expected:
+            return False
+        txn.put(stored_key(key), make_record(key, value, self._expiry(ttl)))
+        return True
+
+    def incr(self, key: bytes, delta: int, ttl: float | None = None) -> int:
+        """Add to a counter and return the sum."""
+        return self._write(self._incr, key, delta, ttl)
 
     async def aincr(self, key: bytes, delta: int, ttl: float | None = None) -> int:
         """Awaitable twin of `incr`."""
-        return self.incr(key, delta, ttl)
+        return await self._awrite(self._incr, key, delta, ttl)
+
+    def _incr(self, txn: Any, key: bytes, delta: int, ttl: float | None) -> int:
+        stored = stored_key(key)
+        record = txn.get(stored)
+        if record is None or not self._is_live(record):
+            total, expiry = delta, self._expiry(ttl)
+        else:
+            total = parse_counter(payload(record)) + delta
+            expiry = expiry_of(record)
+        if not COUNTER_MIN <= total <= COUNTER_MAX:
+            raise CounterOverflow("the counter would leave 64 bits; it was not changed")
+        txn.put(stored, make_record(key, b"%d" % total, expiry))
+        return total
+
+    def delete(self, key: bytes) -> bool:
+        """Remove the key."""
+        return self._write(self._delete, key)
 
     async def adelete(self, key: bytes) -> bool:
         """Awaitable twin of `delete`."""
-        return self.delete(key)
+        return await self._awrite(self._delete, key)
 
-    async def akeys(self, prefix: bytes = b"") -> list[bytes]:
-        """Awaitable twin of `keys`."""
-        return self.keys(prefix)
+    def _delete(self, txn: Any, key: bytes) -> bool:
+        record = txn.pop(stored_key(key))
+        return record is not None and self._is_live(record)
 
-    async def attl(self, key: bytes) -> float | None:
-        """Awaitable twin of `ttl`."""
-        return self.ttl(key)
+    def clear(self, prefix: bytes = b"") -> int:
+        """Remove the keys under the prefix in one transaction."""
+        return self._write(self._clear, prefix)
 
     async def aclear(self, prefix: bytes = b"") -> int:
-        """Awaitable twin of `clear`."""
-        return self.clear(prefix)
+        """Awaitable twin of `clear`; in a thread, since it may take long."""
+        return await asyncio.to_thread(self.clear, prefix)
 
-    async def ausage(self, prefix: bytes = b"") -> Usage:
-        """Awaitable twin of `usage`."""
-        return self.usage(prefix)
+    def _clear(self, txn: Any, prefix: bytes) -> int:
+        found = [(stored, self._is_live(record)) for stored, _, record in _under(txn, prefix)]
+        for stored, _ in found:
+            txn.delete(stored)
+        return sum(live for _, live in found)
 
     # Parts.
 
     @contextlib.contextmanager
-    def _transaction(self, *, write: bool = False, buffers: bool = False) -> Iterator[Any]:
-        """Run a block in one transaction: committed at its end, aborted by an error."""
+    def _transaction(self, *, buffers: bool = False) -> Iterator[Any]:
+        """Read in a block from one snapshot."""
         try:
-            with self._begin(self._db, None, write, buffers) as txn:
+            with self._begin(self._db, None, False, buffers) as txn:
                 yield txn
         except lmdb.Error as error:
             raise self._translated(error) from error
+
+    def _write(self, body: Callable[Concatenate[Any, P], T], *args: P.args, **_: P.kwargs) -> T:
+        """Run a function in a transaction: committed at its end, undone by an error."""
+        return self._guarded(self._backend.timeout, body, *args)
+
+    async def _awrite(
+        self, body: Callable[Concatenate[Any, P], T], *args: P.args, **_: P.kwargs
+    ) -> T:
+        """Awaitable twin of `_write`: in a thread only if another writer makes it wait."""
+        try:
+            return self._guarded(_LOOP_PATIENCE, body, *args)
+        except _Busy:
+            return await asyncio.to_thread(self._guarded, self._backend.timeout, body, *args)
+
+    def _guarded(self, patience: float, body: Callable[..., T], *args: Any) -> T:
+        guard = self._guard or self._open_guard()
+        if not guard.acquire(patience):
+            raise _Busy(
+                f"another process has been writing to the store in {self._backend.directory} for "
+                f"{patience} s: it is stopped or starved of CPU. Nothing was written"
+            )
+        try:
+            with self._begin(self._db, None, True) as txn:
+                return body(txn, *args)
+        except lmdb.Error as error:
+            raise self._translated(error) from error
+        finally:
+            guard.release()
+
+    def _open_guard(self) -> WriteGuard:
+        self._guard = self._backend.opened().guards[self._space]
+        return self._guard
 
     def _translated(self, error: lmdb.Error) -> StoreError:
         """Turn a driver's error into one of ours; a commit that failed changed nothing."""

@@ -16,6 +16,7 @@ import lmdb
 
 from hornbeam_state.backends.directory import check_data_file, damaged, prepare_directory
 from hornbeam_state.backends.kernel_locks import lock_range
+from hornbeam_state.backends.write_guard import WriteGuard
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class LmdbFiles:
     Attributes:
         directory: Where the files lie.
         databases: Environment and database handle of each key space.
+        guards: What to hold while writing to each key space.
         cache_meta: The cache file's database for its own bookkeeping.
         cache_size: Most bytes the cache file may take.
         eviction_hand: Where in the cache's keys eviction goes on.
@@ -57,8 +59,14 @@ class LmdbFiles:
         self.users = 0
         self._environments: dict[str, Any] = {}
         self.databases: dict[Space, tuple[Any, Any]] = {}
-        self._presence = _announce_presence(directory)
+        self._presence, alone = _announce_presence(directory)
         try:
+            self.guards: dict[Space, WriteGuard] = {}
+            for name, spaces in _FILES.items():
+                guard = WriteGuard(directory / f"{name}.guard", fresh=alone)
+                self.guards.update(dict.fromkeys(spaces, guard))
+            if alone:
+                _wait_for_shared_lock(self._presence)
             self._open_all({"state": config.state_size, "cache": config.cache_size})
         except BaseException:
             self.close()
@@ -151,22 +159,24 @@ def _open(path: Path, size: int) -> Any:
     return environment
 
 
-def _announce_presence(directory: Path) -> int:
-    """Hold a shared lock while the store is open; whoever finds it free checks the files first.
+def _announce_presence(directory: Path) -> tuple[int, bool]:
+    """Lock the store as one of its users; whoever finds nobody else there checks the files first.
 
     Returns:
-        The descriptor that holds the lock.
+        The descriptor that holds the lock, and whether the process is alone. One that is has to
+        make room for others with `_wait_for_shared_lock` when it is done.
     """
     descriptor = os.open(directory / "users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         alone = lock_range(descriptor, fcntl.F_WRLCK)
         for name in _FILES:
             check_data_file(directory / f"{name}.lmdb", thorough=alone)
-        _wait_for_shared_lock(descriptor)
+        if not alone:
+            _wait_for_shared_lock(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
+    return descriptor, alone
 
 
 def _wait_for_shared_lock(descriptor: int, timeout: float = 10.0) -> None:
