@@ -1,0 +1,159 @@
+"""The compute-thread budget of a process.
+
+Two workers whose libraries each use every core fall from 75 to 8 requests a second on two cores,
+so each process gets its share of the cores. Libraries read their share from the environment when
+they are loaded; those that were loaded before are told afterwards.
+
+Which number counts, first to last: ``HORNBEAM_THREADS``, then a library's own variable (such as
+``MKL_NUM_THREADS``) for that library, then ``OMP_NUM_THREADS``, then the share.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from threadpoolctl import ThreadpoolController
+
+from hornbeam_state.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, MutableMapping
+
+OVERRIDE: Final = "HORNBEAM_THREADS"
+OPENMP: Final = "OMP_NUM_THREADS"
+# By the name threadpoolctl has for the library; some can be told through the environment only.
+_VARIABLES: Final = {
+    "openmp": OPENMP,
+    "mkl": "MKL_NUM_THREADS",
+    "openblas": "OPENBLAS_NUM_THREADS",
+    "blis": "BLIS_NUM_THREADS",
+    "numexpr": "NUMEXPR_NUM_THREADS",
+    "accelerate": "VECLIB_MAXIMUM_THREADS",
+    "rayon": "RAYON_NUM_THREADS",  # the tokenizers of Hugging Face
+}
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_MEMBERSHIP: Final = Path("/proc/self/cgroup")
+
+
+def usable_cores(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
+    """Return how many cores this process may keep busy: at least 1.
+
+    That is its CPU affinity, or the CPU quota of its control group (version 1 or 2) or of one
+    above it, whichever is least. A quota of 1.5 cores counts as 1, since a second thread would
+    be stopped for half of the time, and the first with it whenever they wait for each other.
+
+    Args:
+        cgroups: Where the control groups are mounted.
+        membership: The file that says in which of them the process is.
+    """
+    return max(1, min([_affinity(), *_quotas(cgroups, membership)]))
+
+
+def fair_share(cores: int, processes: int) -> int:
+    """Return the compute threads of each of `processes` that share `cores`: at least 1."""
+    return max(1, cores // max(1, processes))
+
+
+def thread_budget(share: int, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Return the compute threads of this process: what the user set, or else its share.
+
+    Raises:
+        ConfigError: ``HORNBEAM_THREADS`` is set to something else than a number from 1 up.
+    """
+    override = environ.get(OVERRIDE, "")
+    if override:
+        threads = _positive(override)
+        if threads is None:
+            raise ConfigError(f"{OVERRIDE}={override!r}: give a whole number from 1 up")
+        return threads
+    # OpenMP takes a list, one number for each level of nesting.
+    return _positive(environ.get(OPENMP, "").partition(",")[0]) or share
+
+
+def set_environment(budget: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell libraries that are not loaded yet, leaving alone what the user set.
+
+    ``HORNBEAM_THREADS`` is stronger than the variables of the libraries and replaces them.
+    """
+    for variable in _VARIABLES.values():
+        if environ.get(OVERRIDE) or not environ.get(variable):
+            environ[variable] = str(budget)
+
+
+def limit_loaded(budget: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lower libraries that are loaded already to the budget; never raise one.
+
+    So an app that asks for fewer threads keeps them. A library whose variable holds another
+    number than the budget is left alone: the user, or the app's own code, chose that.
+
+    OpenMP and MKL count per thread, so this has to run in each thread that uses a copy of them
+    loaded before `set_environment` (a preloaded app); torch and OpenBLAS count per process.
+    """
+
+    def governs(name: str) -> bool:
+        return name in _VARIABLES and environ.get(_VARIABLES[name]) == str(budget)
+
+    # torch first, while it still sees OpenMP's old number: only its own setting reaches threads
+    # that start later. It is never imported for this, and may be half imported just now.
+    torch = sys.modules.get("torch")
+    count = getattr(torch, "get_num_threads", None)
+    if torch is not None and count is not None and governs("openmp") and count() > budget:
+        torch.set_num_threads(budget)
+    for library in ThreadpoolController().lib_controllers:
+        if governs(library.internal_api) and (library.num_threads or 0) > budget:
+            library.set_num_threads(budget)
+            # threadpoolctl 3.8 lets only the thread that first limited OpenBLAS do it again;
+            # without this, `threadpool_limits` in request threads would do nothing.
+            getattr(library, "clear_controlling_thread", lambda: None)()
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS has no affinity
+
+
+def _quotas(cgroups: Path, membership: Path) -> Iterator[int]:
+    for line in _read(membership).splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if not controllers:  # version 2; "unified" where version 1 is mounted beside it
+            roots = [cgroups, cgroups / "unified"]
+        elif "cpu" in controllers.split(","):
+            roots = [cgroups / "cpu", cgroups / controllers]
+        else:
+            continue
+        for root in roots:
+            # In a container the path may be the host's, of which nothing is mounted here: then
+            # the mount itself is the container's group.
+            for group in _with_parents(root, path):
+                yield from _quota(group)
+
+
+def _with_parents(root: Path, path: str) -> Iterator[Path]:
+    relative = Path(path.lstrip("/"))
+    for parent in (relative, *relative.parents):
+        yield root / parent
+
+
+def _quota(group: Path) -> Iterator[int]:
+    limit, _, period = _read(group / "cpu.max").partition(" ")  # microseconds, or "max"
+    if not limit:
+        limit, period = (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    quota, every = _positive(limit), _positive(period)  # without a quota version 1 says -1
+    if quota and every:
+        yield quota // every
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # no such group, or not ours to read: no quota known
+
+
+def _positive(text: str) -> int | None:
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdecimal() and int(text) > 0 else None
