@@ -22,7 +22,13 @@ _EXAMPLES: Final = (
     "lmdb:///absolute/directory, redis://host:6379/0, rediss://host:6379/0, "
     "unix:///path/to/redis.sock, memory://"
 )
-_OPTIONS: Final[dict[str, type]] = {"timeout": float, "state_size": int, "cache_size": int}
+_OPTIONS: Final[dict[str, type]] = {
+    "timeout": float,
+    "state_size": int,
+    "cache_size": int,
+    "durability": str,
+    "snapshot_every": float,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,11 @@ class StoreConfig:
             `StoreUnavailable`.
         state_size: Most bytes the state file of an embedded store may grow to.
         cache_size: Most bytes the cache file of an embedded store may grow to.
+        durability: What a write to an embedded store survives: ``process`` (the death of any
+            process; a power failure may cost what came after the last snapshot) or ``commit``
+            (power failures too: every write waits for the disk).
+        snapshot_every: Seconds between two snapshots of an embedded store that is written to;
+            0 for none.
 
     Raises:
         ConfigError: a value makes no sense; the message says which and what to write instead.
@@ -52,6 +63,8 @@ class StoreConfig:
     timeout: float = 1.0
     state_size: int = 64 * 1024 * MIB
     cache_size: int = 1024 * MIB
+    durability: str = "process"
+    snapshot_every: float = 300.0
 
     def __post_init__(self) -> None:
         """Check that every value is usable."""
@@ -60,6 +73,10 @@ class StoreConfig:
         for name in ("state_size", "cache_size"):
             if getattr(self, name) < MIB:
                 raise ConfigError(f"store {name}={getattr(self, name)}: give at least {MIB} bytes")
+        if self.durability not in ("process", "commit"):
+            raise ConfigError(f"store durability={self.durability!r}: give process or commit")
+        if not (math.isfinite(self.snapshot_every) and self.snapshot_every >= 0):
+            raise ConfigError(f"store snapshot_every={self.snapshot_every}: give seconds, or 0")
         if self.scheme == "lmdb" and (self.path is None or not self.path.is_absolute()):
             raise ConfigError(
                 f"store path {str(self.path or '')!r} is not absolute: write three slashes, "

@@ -1,7 +1,7 @@
-"""The directory of an embedded store: who owns it, what format it has, whether its files are sound.
+"""The directory of an embedded store: whose it is, where it lies, what format it has.
 
 Everything here happens once, when a process opens the store, and never changes what is already
-stored: a directory or file that does not look right is refused with a message that says what to
+stored: a directory that does not look right is refused with a message that says what to
 do with it.
 """
 
@@ -11,13 +11,10 @@ import hashlib
 import json
 import os
 import stat
-import struct
 import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-
-from lmdb import verify
 
 from hornbeam_state.errors import StoreUnavailable
 
@@ -62,6 +59,7 @@ def prepare_directory(config: StoreConfig) -> Path:
         path = fallback
         _make(path)
     _check_owner(path)
+    _check_filesystem(path)
     _check_format(path)
     return path
 
@@ -163,78 +161,58 @@ def _create(target: Path, text: str) -> None:
         Path(name).unlink()
 
 
-# An LMDB 0.9 data file starts with two meta pages: a 16-byte page header, then magic, version,
-# map address, map size, two 48-byte database records (the first starts with the page size), the
-# number of the last page and the transaction id.
-_META: Final = struct.Struct("<16xIIQQ I44x 48x QQ")
-_MAGIC: Final = 0xBEEFC0DE
-_LMDB_VERSION: Final = 1
-_THOROUGH_UP_TO: Final = 64 * 1024 * 1024  # about 0.3 s for values of 1 KB
+def check_namespace(directory: Path, *, alone: bool) -> None:
+    """Refuse to share a store with processes of another container.
 
-
-def check_data_file(path: Path, *, thorough: bool) -> None:
-    """Refuse a data file that LMDB could not map safely.
-
-    LMDB trusts its file: reading a page past the end of a truncated one kills the process with
-    SIGBUS. This reads the two meta pages and compares them with the file's size. A missing or
-    empty file is fine: it is a new store.
+    LMDB tells living readers from dead ones by their process ids, which mean something else in
+    another pid namespace.
 
     Args:
-        path: The data file.
-        thorough: Verify the whole structure too, where the file is small enough for that to take
-            less than about half a second. Nobody else may have it open.
+        directory: The store's directory.
+        alone: Whether nobody else has the store open.
 
     Raises:
-        StoreUnavailable: the file is damaged; it was not touched.
+        StoreUnavailable: others have it open, in another pid namespace.
     """
+    note = directory / "pid-namespace"
     try:
-        with path.open("rb") as file:
-            first = file.read(_META.size)
-            if not first:
-                return
-            problem = _meta_problem(first)
-            if problem is None:
-                page_size = _META.unpack(first)[4]
-                file.seek(page_size)
-                second = file.read(_META.size)
-                problem = _meta_problem(second)
-            if problem is None:
-                newest = max(_META.unpack(first), _META.unpack(second), key=lambda meta: meta[-1])
-                size = os.fstat(file.fileno()).st_size
-                if size < (newest[5] + 1) * page_size:
-                    problem = f"it has {size} bytes and should have {(newest[5] + 1) * page_size}"
-    except FileNotFoundError:
-        return
-    if problem is None and thorough and size <= _THOROUGH_UP_TO:
-        problem = _structural_problem(path)
-    if problem is not None:
-        raise damaged(path, problem)
+        own = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return  # no /proc: nothing to compare
+    if alone:
+        note.write_text(own, "ascii")
+    elif note.exists() and note.read_text("ascii") != own:
+        raise StoreUnavailable(
+            f"the store in {directory} is in use by another container (pid namespace): an embedded "
+            f"store is for one. Use Redis between containers, share the pid namespace, or {_HINT}"
+        )
 
 
-def _structural_problem(path: Path) -> str | None:
+_NETWORK_FILESYSTEMS: Final = frozenset(
+    "9p afs ceph cifs fuse.glusterfs fuse.sshfs glusterfs lustre nfs nfs4 smb2 smb3 smbfs".split()  # noqa: SIM905
+)
+
+
+def filesystem_of(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """Return the type of the file system that a path lies on, or an empty text."""
     try:
-        findings = verify.verify(str(path), subdir=False)  # type: ignore[no-untyped-call]
-    except verify.VerifyError as error:
-        return str(error)
-    return str(findings[0]) if findings else None
+        lines = mounts.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return ""
+    best, kind = "", ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        point = left.split(" ")[4].encode().decode("unicode_escape")
+        inside = path == Path(point) or Path(point) in path.parents
+        if inside and len(point) >= len(best):  # of two mounts on one point, the later counts
+            best, kind = point, right.split(" ")[0]
+    return kind
 
 
-def damaged(path: Path, problem: str) -> StoreUnavailable:
-    """Return the error for a damaged data file."""
-    return StoreUnavailable(
-        f"the store file {path} is damaged: {problem}. Nothing was changed. Restore it from a "
-        f"backup, or start afresh by moving it away: mv {path} {path}.damaged"
-    )
-
-
-def _meta_problem(page: bytes) -> str | None:
-    if len(page) < _META.size:
-        return "its header is cut off"
-    magic, version, _, _, page_size, _, _ = _META.unpack(page)
-    if magic != _MAGIC:
-        return "it does not start with an LMDB header"
-    if version != _LMDB_VERSION:
-        return f"its LMDB format is {version} instead of {_LMDB_VERSION}"
-    if page_size < 512 or page_size & (page_size - 1):  # noqa: PLR2004
-        return "its header makes no sense"
-    return None
+def _check_filesystem(path: Path) -> None:
+    kind = filesystem_of(path.resolve())
+    if kind in _NETWORK_FILESYSTEMS:
+        raise StoreUnavailable(
+            f"the store directory {path} is on a network file system ({kind}), where LMDB's shared "
+            f"memory and locks do not work: {_HINT} on a local disk, or use Redis"
+        )

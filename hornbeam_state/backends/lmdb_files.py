@@ -7,15 +7,26 @@ before it: this module keeps both rules.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import threading
 import time
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import lmdb
 
-from hornbeam_state.backends.directory import check_data_file, damaged, prepare_directory
+from hornbeam_state.backends.blobs import Blobs
+from hornbeam_state.backends.data_file import check_data_file, damaged
+from hornbeam_state.backends.directory import check_namespace, prepare_directory
+from hornbeam_state.backends.eviction import Sketch
 from hornbeam_state.backends.kernel_locks import lock_range
+from hornbeam_state.backends.snapshots import (
+    is_first_after_reboot,
+    note_boot,
+    recover,
+    take_snapshot,
+)
 from hornbeam_state.backends.write_guard import WriteGuard
 from hornbeam_state.errors import StoreUnavailable
 
@@ -25,8 +36,12 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.base import Space
     from hornbeam_state.config import StoreConfig
 
+logger = logging.getLogger("hornbeam.store")
+
 _FILES: Final[dict[str, tuple[Space, ...]]] = {"state": ("app", "sys"), "cache": ("cache",)}
 _META_DB: Final = b"meta"
+_EXPIRY_DB: Final = b"expiry"
+_BLOBS_DB: Final = b"blobs"
 DAMAGE: Final = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -45,8 +60,11 @@ class LmdbFiles:
         databases: Environment and database handle of each key space.
         guards: What to hold while writing to each key space.
         cache_meta: The cache file's database for its own bookkeeping.
+        expiries: The index of expiries of each key space's file.
+        blobs: The large values of each key space's file.
         cache_size: Most bytes the cache file may take.
-        eviction_hand: Where in the cache's keys eviction goes on.
+        sketch: How often the cache's keys are used.
+        durable: Whether a commit waits for the disk.
 
     Raises:
         StoreUnavailable: a file cannot be opened or is damaged.
@@ -55,10 +73,13 @@ class LmdbFiles:
     def __init__(self, config: StoreConfig, directory: Path) -> None:
         self.directory = directory
         self.cache_size = config.cache_size
-        self.eviction_hand = b"\0"
+        self.durable = config.durability == "commit"
         self.users = 0
+        self._snapshot_of = 0
         self._environments: dict[str, Any] = {}
         self.databases: dict[Space, tuple[Any, Any]] = {}
+        self.expiries: dict[Space, Any] = {}
+        self.blobs: dict[Space, Blobs] = {}
         self._presence, alone = _announce_presence(directory)
         try:
             self.guards: dict[Space, WriteGuard] = {}
@@ -74,11 +95,33 @@ class LmdbFiles:
 
     def _open_all(self, sizes: dict[str, int]) -> None:
         for name, spaces in _FILES.items():
-            environment = _open(self.directory / f"{name}.lmdb", sizes[name])
+            durable = self.durable and name == "state"
+            environment = _open(self.directory / f"{name}.lmdb", sizes[name], durable=durable)
             self._environments[name] = environment
+            index = environment.open_db(_EXPIRY_DB)
+            references = environment.open_db(_BLOBS_DB)
+            blobs = Blobs(self.directory / f"{name}.blobs", references, durable=durable)
             for space in spaces:
+                self.blobs[space] = blobs
+                self.expiries[space] = index
                 self.databases[space] = (environment, environment.open_db(space.encode()))
         self.cache_meta = self._environments["cache"].open_db(_META_DB)
+        self.sketch = Sketch(self.directory / "cache.sketch")
+
+    def forget_dead_readers(self) -> bool:
+        """Free the reader slots that killed processes left behind; nothing more to do then."""
+        for environment in self._environments.values():
+            environment.reader_check()
+        return False
+
+    def take_snapshot_if_changed(self) -> bool:
+        """Take a snapshot of the state file if it was written to; nothing more to do then."""
+        environment = self._environments["state"]
+        newest = environment.info()["last_txnid"]
+        if newest != self._snapshot_of:
+            take_snapshot(environment, self.directory / "state.lmdb")
+            self._snapshot_of = newest
+        return False
 
     def close(self) -> None:
         """Close the environments."""
@@ -132,7 +175,7 @@ def _forget_after_fork() -> None:
 os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def _open(path: Path, size: int) -> Any:
+def _open(path: Path, size: int, *, durable: bool) -> Any:
     """Open one data file.
 
     ``writemap`` would make writes four times as fast, and a full disk a SIGBUS.
@@ -142,12 +185,12 @@ def _open(path: Path, size: int) -> Any:
             str(path),
             map_size=size,
             subdir=False,
-            sync=False,
-            metasync=False,
+            sync=durable,
+            metasync=durable,
             readahead=False,
             mode=0o600,
             max_readers=2048,
-            max_dbs=4,
+            max_dbs=8,
             max_spare_txns=0,
             lib_version=0,
         )
@@ -169,14 +212,51 @@ def _announce_presence(directory: Path) -> tuple[int, bool]:
     descriptor = os.open(directory / "users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         alone = lock_range(descriptor, fcntl.F_WRLCK)
-        for name in _FILES:
-            check_data_file(directory / f"{name}.lmdb", thorough=alone)
-        if not alone:
+        check_namespace(directory, alone=alone)
+        if alone:
+            _check_files_alone(directory)
+        else:
+            for name in _FILES:
+                check_data_file(directory / f"{name}.lmdb", thorough=False)
             _wait_for_shared_lock(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor, alone
+
+
+def _check_files_alone(directory: Path) -> None:
+    """Check the data files while nobody else has them open, and mend what can be mended.
+
+    The cache can be computed anew, so a damaged one is set aside. The state falls back to its
+    snapshot only where a reboot explains the damage; else somebody should have a look.
+
+    Raises:
+        StoreUnavailable: the state file is damaged and stays as it is.
+    """
+    cache, state = directory / "cache.lmdb", directory / "state.lmdb"
+    rebooted = is_first_after_reboot(directory)
+    try:
+        check_data_file(cache, thorough=True, whatever_its_size=rebooted)
+    except StoreUnavailable as error:
+        cache.rename(cache.with_suffix(".lmdb.damaged"))
+        _say_loudly(f"{error}; it was moved away, and the cache starts empty")
+    try:
+        check_data_file(state, thorough=True, whatever_its_size=rebooted)
+    except StoreUnavailable as error:
+        if not rebooted:
+            raise
+        _say_loudly(recover(state, str(error), _check_snapshot))
+    note_boot(directory)
+
+
+def _check_snapshot(path: Path) -> None:
+    check_data_file(path, thorough=True, whatever_its_size=True)
+
+
+def _say_loudly(message: str) -> None:
+    logger.error("%s", message)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _wait_for_shared_lock(descriptor: int, timeout: float = 10.0) -> None:

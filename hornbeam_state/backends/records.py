@@ -10,12 +10,17 @@ from __future__ import annotations
 import hashlib
 import struct
 from typing import Final
+from zlib import crc32
 
 from hornbeam_state.errors import WrongType
 
 _HEADER: Final = struct.Struct("<BQ")
 _SIZE: Final = _HEADER.size
-_LONG_KEY: Final = 1
+_LONG_KEY: Final = 1  # flags
+_BLOB: Final = 2
+_BLOB_SIZE: Final = struct.Struct("<Q")
+_HASH: Final = struct.Struct(">I")
+HASH_SIZE: Final = _HASH.size
 _KEY_LENGTH: Final = struct.Struct("<H")
 PLAIN_HEADER: Final = _HEADER.pack(0, 0)
 """What the record of a plain key that does not expire begins with: most of them."""
@@ -31,11 +36,37 @@ def stored_key(key: bytes) -> bytes:
     return key[:KEPT_OF_LONG_KEY] + b"\0" + hashlib.blake2b(key, digest_size=32).digest()
 
 
-def make_record(key: bytes, value: bytes, expiry: int) -> bytes:
-    """Return the record of a value that expires at that millisecond (0: never)."""
+def scattered_key(key: bytes) -> bytes:
+    """Return an LMDB key that begins with a hash, so that neighbours have nothing in common."""
+    return _HASH.pack(crc32(key)) + stored_key(key)
+
+
+def make_record(key: bytes, value: bytes, expiry: int, *, blob: bool = False) -> bytes:
+    """Return the record of a value that expires at that millisecond (0: never).
+
+    Args:
+        key: The key as it was given.
+        value: The value, or with `blob` what `blob_reference` makes.
+        expiry: When it expires.
+        blob: Whether the value lies in a file.
+    """
+    flags = _BLOB if blob else 0
     if len(key) <= LONGEST_PLAIN_KEY:
-        return _HEADER.pack(0, expiry) + value
-    return _HEADER.pack(_LONG_KEY, expiry) + _KEY_LENGTH.pack(len(key)) + key + value
+        return _HEADER.pack(flags, expiry) + value
+    return _HEADER.pack(flags | _LONG_KEY, expiry) + _KEY_LENGTH.pack(len(key)) + key + value
+
+
+def blob_reference(digest: bytes, size: int) -> bytes:
+    """Return what stands in the record of a value that lies in a file."""
+    return digest + _BLOB_SIZE.pack(size)
+
+
+def blob_of(record: bytes | memoryview) -> tuple[bytes, int] | None:
+    """Return digest and size of a record's value if it lies in a file."""
+    if not record[0] & _BLOB:
+        return None
+    reference = payload(bytes(record))
+    return reference[: -_BLOB_SIZE.size], int(_BLOB_SIZE.unpack(reference[-_BLOB_SIZE.size :])[0])
 
 
 def expiry_of(record: bytes | memoryview) -> int:
@@ -45,12 +76,12 @@ def expiry_of(record: bytes | memoryview) -> int:
 
 def payload(record: bytes) -> bytes:
     """Return the value in a record."""
-    return record[_SIZE:] if record[0] != _LONG_KEY else record[_end_of_key(record) :]
+    return record[_SIZE:] if not record[0] & _LONG_KEY else record[_end_of_key(record) :]
 
 
-def full_key(stored: memoryview, record: memoryview) -> bytes:
+def full_key(stored: bytes | memoryview, record: bytes | memoryview) -> bytes:
     """Return the key as it was given."""
-    if record[0] != _LONG_KEY:
+    if not record[0] & _LONG_KEY:
         return bytes(stored)
     return bytes(record[_SIZE + _KEY_LENGTH.size : _end_of_key(record)])
 

@@ -982,6 +982,7 @@ def test_closed_stores_leave_no_descriptors(place, opened, scheme):
     """Nor do failed attempts to open one."""
 
     def use() -> int:
+        gc.collect()
         before = descriptors()
         for number in range(20):
             store = open_store(f"lmdb://{place}/{number}" if scheme == "lmdb" else "memory://")
@@ -991,6 +992,8 @@ def test_closed_stores_leave_no_descriptors(place, opened, scheme):
                 open_store(f"lmdb://{in_the_way}").check()
             with contextlib.suppress(StoreUnavailable):
                 open_store(f"lmdb://{damaged}").check()
+        del store
+        gc.collect()  # or the directories of those in memory stay: a child ends without clean-up
         return descriptors() - before
 
     in_the_way = place.parent / "file"
@@ -1007,6 +1010,7 @@ def test_forgotten_stores_leave_no_descriptors(place, scheme):
     """A store that nobody closed, as in a test, gives back its files when it is collected."""
 
     def use() -> int:
+        gc.collect()
         before = descriptors()
         for number in range(20):
             store = open_store(f"lmdb://{place}/{number}" if scheme == "lmdb" else "memory://")

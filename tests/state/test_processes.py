@@ -152,9 +152,9 @@ def test_killed_writers_tear_nothing(store, url):
         attempted += log.count(b"?")
         acknowledged += log.count(b"!")
         start = time.monotonic()
-        fresh = open_store(url)
+        fresh = open_store(url, timeout=30)
         assert fresh.incr("after") == turn + 1
-        assert time.monotonic() - start < 1, "a killed writer made another one wait"
+        assert time.monotonic() - start < 2, "a killed writer made another one wait"
         assert acknowledged <= fresh.get("n") <= attempted
         for space in (fresh, fresh.space("cache")):
             found = space.get_multi(space.keys("value/"))
@@ -165,13 +165,13 @@ def test_killed_writers_tear_nothing(store, url):
     store.set("stop", True)
     done = survivor.value()
     assert done["count"] == store.get("survivor")
-    assert done["longest_wait"] < 1
+    assert done["longest_wait"] < 2, "a hang would be 30; a busy machine may take its time"
 
 
 def write_until_killed(url: str, seed: int, log: int) -> None:
     """Write all kinds of things, noting each increment before and after."""
     numbers = random.Random(seed)
-    mine = open_store(url)
+    mine = open_store(url, timeout=30)
     cache = mine.space("cache")
     while True:
         os.write(log, b"?")
@@ -186,7 +186,7 @@ def write_until_killed(url: str, seed: int, log: int) -> None:
 
 def outlive_killings(url: str) -> dict[str, float]:
     """Go on counting until told to stop; tell how long the longest increment took."""
-    mine = open_store(url)
+    mine = open_store(url, timeout=30)
     longest, count = 0.0, 0
     while not mine.get("stop"):
         start = time.monotonic()
