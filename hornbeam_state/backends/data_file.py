@@ -12,6 +12,7 @@ from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import BinaryIO
 
 # An LMDB 0.9 data file starts with two meta pages: a 16-byte page header, then magic, version,
 # map address, map size, two 48-byte database records (the first starts with the page size), the
@@ -22,17 +23,17 @@ _LMDB_VERSION: Final = 1
 _THOROUGH_UP_TO: Final = 64 * 1024 * 1024  # about 0.3 s for values of 1 KB
 
 
-def check_data_file(path: Path, *, thorough: bool, whatever_its_size: bool = False) -> None:
+def check_data_file(path: Path, *, alone: bool, whatever_its_size: bool = False) -> None:
     """Refuse a data file that LMDB could not map safely.
 
     LMDB trusts its file: reading a page past the end of a truncated one kills the process with
-    SIGBUS. This reads the two meta pages and compares them with the file's size. A missing or
-    empty file is fine: it is a new store.
+    SIGBUS. A missing or empty file is fine: it is a new store.
 
     Args:
         path: The data file.
-        thorough: Verify the whole structure too, where the file is small enough for that to take
-            less than about half a second. Nobody else may have it open.
+        alone: Nobody else has it open. Then its structure is verified where that takes less than
+            about half a second, and a sound file that ends early (LMDB does not write pages it
+            took and freed in one transaction) is made as long as its header says.
         whatever_its_size: Verify the structure of a large file too.
 
     Raises:
@@ -40,34 +41,45 @@ def check_data_file(path: Path, *, thorough: bool, whatever_its_size: bool = Fal
     """
     try:
         with path.open("rb") as file:
-            first = file.read(_META.size)
-            if not first:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
                 return
-            problem = _meta_problem(first)
-            if problem is None:
-                page_size = _META.unpack(first)[4]
-                file.seek(page_size)
-                second = file.read(_META.size)
-                problem = _meta_problem(second)
-            if problem is None:
-                newest = max(_META.unpack(first), _META.unpack(second), key=lambda meta: meta[-1])
-                size = os.fstat(file.fileno()).st_size
-                if size < (newest[5] + 1) * page_size:
-                    problem = f"it has {size} bytes and should have {(newest[5] + 1) * page_size}"
+            needed = _size_by_header(path, file)
     except FileNotFoundError:
         return
-    if problem is None and thorough and (whatever_its_size or size <= _THOROUGH_UP_TO):
-        problem = _structural_problem(path)
-    if problem is not None:
-        raise damaged(path, problem)
+    if not alone:
+        return
+    if size < needed or whatever_its_size or size <= _THOROUGH_UP_TO:
+        _verify(path)
+    if size < needed:
+        os.truncate(path, needed)
 
 
-def _structural_problem(path: Path) -> str | None:
+def _size_by_header(path: Path, file: BinaryIO) -> int:
+    """Return the size that the newer of the two meta pages asks for, in bytes."""
+    first = file.read(_META.size)
+    _check_meta(path, first)
+    page_size = int(_META.unpack(first)[4])
+    file.seek(page_size)
+    second = file.read(_META.size)
+    _check_meta(path, second)
+    newest = max(_META.unpack(first), _META.unpack(second), key=lambda meta: meta[-1])
+    return int(newest[5] + 1) * page_size
+
+
+def _verify(path: Path) -> None:
     try:
         findings = verify.verify(str(path), subdir=False)  # type: ignore[no-untyped-call]
     except verify.VerifyError as error:
-        return str(error)
-    return str(findings[0]) if findings else None
+        raise damaged(path, str(error)) from error
+    if findings:
+        raise damaged(path, str(findings[0]))
+
+
+def _check_meta(path: Path, page: bytes) -> None:
+    problem = _meta_problem(page)
+    if problem is not None:
+        raise damaged(path, problem)
 
 
 def damaged(path: Path, problem: str) -> StoreUnavailable:

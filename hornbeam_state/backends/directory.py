@@ -7,6 +7,7 @@ do with it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT_FILE: Final = "format.json"
 FORMAT: Final = {"format": "hornbeam-store", "version": 1}
+_NO_PERMISSION: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 _HINT: Final = "set HORNBEAM_STORE=lmdb:///another/directory"
 
 
@@ -44,7 +46,7 @@ def prepare_directory(config: StoreConfig) -> Path:
         _make(path)
         _require_writable(path)
     except OSError as error:
-        if not config.fallback:
+        if not config.fallback or error.errno not in _NO_PERMISSION:
             raise StoreUnavailable(
                 f"cannot write to the store directory {path}: {error.strerror}; make it writable "
                 f"or {_HINT}"
@@ -121,7 +123,7 @@ def _check_format(path: Path) -> None:
     marker = path / FORMAT_FILE
     if not marker.exists():
         foreign = [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]
-        if foreign:
+        if foreign and not marker.exists():  # else another process has just made the store
             raise StoreUnavailable(
                 f"{path} is not a hornbeam store: it holds other files, such as "
                 f"{min(foreign)!r}; {_HINT}"
@@ -132,7 +134,7 @@ def _check_format(path: Path) -> None:
     try:
         found = json.loads(marker.read_text("utf-8"))
         version = found["version"] if found["format"] == FORMAT["format"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         version = None
     if version != FORMAT["version"]:
         raise StoreUnavailable(

@@ -51,19 +51,26 @@ class EmbeddedBackend:
     def __init__(self, config: StoreConfig, *, clock: Callable[[], float] = time.time) -> None:
         self._config = config
         self._opening = threading.Lock()
-        self._files: LmdbFiles | None = None
-        self.upkeep: Upkeep | None = None
+        self._open = _Open()
         self._held: weakref.WeakSet[KernelLock] = weakref.WeakSet()
         self._keyspaces: dict[Space, EmbeddedKeyspace] = {
             space: (CacheKeyspace if space == "cache" else EmbeddedKeyspace)(self, space, clock)
             for space in SPACES
         }
+        # A store that nobody uses any more is closed as if by `close`.
+        weakref.finalize(self, self._open.close).atexit = False
         _backends.add(self)
 
     @property
     def directory(self) -> Path:
         """The directory in use; opens the store to know it."""
         return self.opened().directory
+
+    @property
+    def place(self) -> str:
+        """Where the store is, for messages; known without opening it."""
+        files = self._open.files
+        return str(self._config.path or "memory" if files is None else files.directory)
 
     @property
     def timeout(self) -> float:
@@ -80,25 +87,32 @@ class EmbeddedBackend:
 
     def opened(self) -> LmdbFiles:
         """Return the open files, opening them first where needed."""
-        files = self._files
+        files = self._open.files
         if files is None:
             with self._opening:
-                files = self._files
+                files = self._open.files
                 if files is None:
                     files = acquire_files(self._with_directory())
-                    self.upkeep = self._start_upkeep(files)
-                    self._files = files
+                    self._open.upkeep = self._start_upkeep(files)
+                    self._open.files = files
         return files
+
+    def is_open(self, files: LmdbFiles) -> bool:
+        """Return whether these are the files in use."""
+        return self._open.files is files
 
     def _start_upkeep(self, files: LmdbFiles) -> Upkeep:
         duties = [
-            Duty(lambda: self.sweep(_SWEEP_STEP) == _SWEEP_STEP, _SWEEP_EVERY),
+            Duty(_weak(self._sweep_step), _SWEEP_EVERY),
+            Duty(_weak(self._remove_abandoned), _ABANDONED_EVERY),
             Duty(files.forget_dead_readers, _READERS_EVERY),
-            Duty(self._remove_abandoned, _ABANDONED_EVERY),
         ]
         if self._config.snapshot_every and self._config.scheme != "memory":
             duties.append(Duty(files.take_snapshot_if_changed, self._config.snapshot_every))
         return Upkeep(files.directory / "locks", duties)
+
+    def _sweep_step(self) -> bool:
+        return self.sweep(_SWEEP_STEP) == _SWEEP_STEP
 
     def _remove_abandoned(self) -> bool:
         """Remove the files of large values that killed processes left; nothing more to do then."""
@@ -141,29 +155,63 @@ class EmbeddedBackend:
     def close(self) -> None:
         """Close the files once no other backend of this process uses them."""
         with self._opening:
-            files, self._files = self._files, None
-            if self.upkeep is not None:
-                self.upkeep.stop()
+            files, self._open.files = self._open.files, None
             for keyspace in self._keyspaces.values():
                 keyspace.detach()
-        if files is not None:
-            release_files(files)
+            self._open.files = files
+            self._open.close()
 
     async def aclose(self) -> None:
         """Awaitable twin of `close`."""
         self.close()
 
+    @property
+    def upkeep(self) -> Upkeep | None:
+        """The thread that keeps the store in order, while it is open."""
+        return self._open.upkeep
+
     def forget_after_fork(self) -> None:
         """Drop, in a forked child, all that belongs to the parent."""
         self._opening = threading.Lock()
-        self._files = None
-        if self.upkeep is not None:
-            self.upkeep.forget_after_fork()
-            self.upkeep = None
+        self._open.forget_after_fork()
         for keyspace in self._keyspaces.values():
             keyspace.detach(forked=True)
         for held in list(self._held):
             held.close_after_fork()
+
+
+class _Open:
+    """What a backend has open."""
+
+    def __init__(self) -> None:
+        self.files: LmdbFiles | None = None
+        self.upkeep: Upkeep | None = None
+
+    def close(self) -> None:
+        """Close it."""
+        upkeep, self.upkeep = self.upkeep, None
+        files, self.files = self.files, None
+        if upkeep is not None:
+            upkeep.stop()
+        if files is not None:
+            release_files(files)
+
+    def forget_after_fork(self) -> None:
+        """Leave it to the parent."""
+        if self.upkeep is not None:
+            self.upkeep.forget_after_fork()
+        self.files = self.upkeep = None
+
+
+def _weak(method: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that calls a method without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> bool:
+        found = reference()
+        return found is not None and found()
+
+    return call
 
 
 def _remove_if_owner(path: Path, pid: int) -> None:

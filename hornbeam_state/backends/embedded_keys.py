@@ -1,23 +1,16 @@
-"""The operations of the embedded store on one key space.
-
-A read is a transaction of its own, from one snapshot. A write holds the space's write guard and is
-one LMDB transaction: committed at its end, undone by an error.
-"""
+"""The operations of the embedded store on one key space."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
-import lmdb
-
-from hornbeam_state.backends import eviction, expiry
+from hornbeam_state.backends import expiry
 from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN, Space, Usage
-from hornbeam_state.backends.blobs import LARGEST_INLINE, Blob, Blobs, digest_of
+from hornbeam_state.backends.blobs import LARGEST_INLINE, Blob, digest_of
 from hornbeam_state.backends.data_file import damaged
-from hornbeam_state.backends.lmdb_files import DAMAGE
+from hornbeam_state.backends.embedded_access import Access, Owner
 from hornbeam_state.backends.records import (
     KEPT_OF_LONG_KEY,
     LONGEST_PLAIN_KEY,
@@ -31,73 +24,23 @@ from hornbeam_state.backends.records import (
     payload,
     stored_key,
 )
-from hornbeam_state.errors import CounterOverflow, StoreError, StoreFull, StoreUnavailable
+from hornbeam_state.errors import CounterOverflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
-    from hornbeam_state.backends.lmdb_files import LmdbFiles
-    from hornbeam_state.backends.write_guard import WriteGuard
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-_LOOP_PATIENCE: Final = 0.002
-"""Seconds an event loop waits for another writer before a thread waits instead."""
 _SWEEP_PATIENCE: Final = 0.1
+_ROOM_CHECKS: Final = 64  # of a limit are between two looks at how much is used
 
 
-class Busy(StoreUnavailable):
-    """Another writer did not finish in time; nothing was written."""
-
-
-class Owner(Protocol):
-    """What a key space needs of its backend."""
-
-    @property
-    def timeout(self) -> float:
-        """Seconds a writer waits for another."""
-        ...
-
-    @property
-    def directory(self) -> Path:
-        """Where the files lie."""
-        ...
-
-    def opened(self) -> LmdbFiles:
-        """Return the open files."""
-        ...
-
-
-class EmbeddedKeyspace:
+class EmbeddedKeyspace(Access):
     """The keys of one space; see `backends.base.Keyspace` for what each operation means."""
 
     def __init__(self, owner: Owner, space: Space, clock: Callable[[], float]) -> None:
-        self._owner = owner
-        self._space: Space = space
+        super().__init__(owner, space)
         self.letter = space[:1].encode()
         self._clock = clock
-        self._db: Any = None
-        self._begin: Callable[..., Any] = self._open_and_begin
-        self._guard: tuple[WriteGuard, Blobs] | None = None
-
-    def detach(self, *, forked: bool = False) -> None:
-        """Open the files again at the next use.
-
-        The handle is dropped in a forked child only. Elsewhere a thread may be about to begin
-        with the old environment, where no handle would mean LMDB's unnamed database.
-        """
-        self._begin = self._open_and_begin
-        self._guard = None
-        if forked:
-            self._db = None
-
-    def _open_and_begin(self, _db: Any, *arguments: Any) -> Any:
-        environment, db = self._owner.opened().databases[self._space]
-        self._db = db  # before _begin: whoever sees the new method must see the new handle
-        self._begin = environment.begin
-        return environment.begin(db, *arguments)
+        self._room = 0
 
     # Reads.
 
@@ -106,33 +49,24 @@ class EmbeddedKeyspace:
         return self._read(key if len(key) <= LONGEST_PLAIN_KEY else stored_key(key))
 
     def _read(self, stored: bytes) -> bytes | None:
-        # `begin` and `abort` by hand: a `with` block costs a tenth of a microsecond more.
-        try:
-            txn = self._begin(self._db)
-            try:
-                record = txn.get(stored)
-            finally:
-                txn.abort()
-        except lmdb.Error as error:
-            raise self._translated(error) from error
+        record = self._read_record(stored)
         if record is None:
             return None
         if record.startswith(PLAIN_HEADER):
-            return record[len(PLAIN_HEADER) :]  # type: ignore[no-any-return]
+            return record[len(PLAIN_HEADER) :]
         return self._value(stored, record)
 
     def _value(self, stored: bytes, record: bytes | None) -> bytes | None:
         """Return the value of a record that was read, unless it has expired."""
         while record is not None and self._is_live(record):
             blob = blob_of(record)
-            value = payload(record) if blob is None else self._blobs.read(*blob)
+            value = payload(record) if blob is None else self._bind()[1].blobs.read(*blob)
             if value is not None:
                 return value
             seen = record  # its file is gone, so by now it should have been replaced
-            with self._transaction() as txn:
-                record = txn.get(stored)
+            record = self._read_record(stored)
             if record == seen:
-                raise damaged(self._owner.directory, "the file of a large value is missing")
+                raise damaged(self._bind()[1].path, "the file of a large value is missing")
         return None
 
     async def aget(self, key: bytes) -> bytes | None:
@@ -152,12 +86,12 @@ class EmbeddedKeyspace:
 
     def ttl(self, key: bytes) -> float | None:
         """Return the seconds left, or None; KeyError when absent."""
-        with self._transaction() as txn:
-            record = txn.get(self._stored(key))
-        if record is None or not self._is_live(record):
+        record = self._read_record(self._stored(key))
+        now = self._clock()
+        expires = 0 if record is None else expiry_of(record)
+        if record is None or 0 < expires <= now * 1000:
             raise KeyError(key.decode("utf-8", "replace"))
-        expiry = expiry_of(record)
-        return None if expiry == 0 else expiry / 1000 - self._clock()
+        return None if expires == 0 else expires / 1000 - now
 
     async def attl(self, key: bytes) -> float | None:
         """Awaitable twin of `ttl`."""
@@ -177,15 +111,19 @@ class EmbeddedKeyspace:
     def usage(self, prefix: bytes = b"") -> Usage:
         """Count by LMDB's own statistics; under a prefix, by walking it.
 
-        Without a prefix, expired keys count until they are swept.
+        Without a prefix, expired keys count until they are swept, and bytes are those of the
+        whole file's pages in use: of ``app`` and ``sys`` together.
         """
         with self._transaction(buffers=True) as txn:
             if prefix:
                 sizes = [len(key) + _size(record) for _, key, record in self._under(txn, prefix)]
                 return Usage(entries=len(sizes), bytes=sum(sizes), evictions=self._evictions(txn))
-            statistics = txn.stat(self._db)
-            used = eviction.pages(statistics) * statistics["psize"] + self._blobs.size(txn)
-            return Usage(entries=statistics["entries"], bytes=used, evictions=self._evictions(txn))
+            file = self._bind()[1]
+            return Usage(
+                entries=txn.stat(self._db)["entries"],
+                bytes=file.used(txn),
+                evictions=self._evictions(txn),
+            )
 
     async def ausage(self, prefix: bytes = b"") -> Usage:
         """Awaitable twin of `usage`; in a thread, since it may take long."""
@@ -336,7 +274,7 @@ class EmbeddedKeyspace:
             yield items
             return
         prepared: dict[bytes, bytes | Blob] = dict(items)
-        blobs = self._blobs
+        blobs = self._bind()[1].blobs
         try:
             for key, value in items.items():
                 if len(value) > LARGEST_INLINE:
@@ -349,9 +287,11 @@ class EmbeddedKeyspace:
 
     def _store(self, txn: Any, key: bytes, value: bytes | Blob, expires: int) -> None:
         """Write a record, and keep references to files and the index of expiries in step."""
+        size = value.size if isinstance(value, Blob) else len(value)
+        self._reserve(txn, size + 2 * len(key))
         stored = self._stored(key)
         if isinstance(value, Blob):
-            self._blobs.store(txn, value)
+            self._bind()[1].blobs.store(txn, value)
             reference = blob_reference(value.digest, value.size)
             record = make_record(key, reference, expires, blob=True)
         else:
@@ -360,22 +300,35 @@ class EmbeddedKeyspace:
         if expires or before is not None:
             self._replaced(txn, stored, before, expires)
 
+    def _reserve(self, txn: Any, size: int) -> None:
+        """Make sure that there is room for a value.
+
+        What is used is looked up only now and then, so several processes may together pass the
+        limit by some hundredths.
+
+        Raises:
+            StoreFull: there is none.
+        """
+        self._room -= size
+        if self._room < 0:
+            files, file = self._bind()
+            left = files.state_size - file.used(txn)
+            if left < size:
+                raise self._full()
+            self._room = min(left, files.state_size // _ROOM_CHECKS) - size
+
     def remove(self, txn: Any, stored: bytes) -> bytes | None:
         """Remove a record and what belongs to it; return the record."""
-        record: bytes | None = txn.pop(stored, db=self._owner.opened().databases[self._space][1])
+        record: bytes | None = txn.pop(stored, db=self._bind()[1].databases[self._space])
         if record is not None:
             self._replaced(txn, stored, record, 0)
         return record
 
     def _replaced(self, txn: Any, stored: bytes, before: bytes | None, expires: int) -> None:
-        index = self._owner.opened().expiries[self._space]
-        expiry.move(txn, index, self.letter, stored, before=before, expiry=expires)
+        file = self._bind()[1]
+        expiry.move(txn, file.index, self.letter, stored, before=before, expiry=expires)
         if before is not None and (blob := blob_of(before)):
-            self._blobs.release(txn, *blob)
-
-    @property
-    def _blobs(self) -> Blobs:
-        return self._owner.opened().blobs[self._space]
+            file.blobs.release(txn, *blob)
 
     def sweep(self, most: int, neighbours: Sequence[EmbeddedKeyspace]) -> int:
         """Remove expired records of this key space's file, the earliest first.
@@ -390,7 +343,7 @@ class EmbeddedKeyspace:
         Raises:
             Busy: another writer is at work.
         """
-        index = self._owner.opened().expiries[self._space]
+        index = self._bind()[1].index
         with self._transaction() as txn:
             if not expiry.is_due(txn, index, int(self._clock() * 1000)):
                 return 0
@@ -407,74 +360,11 @@ class EmbeddedKeyspace:
         self._guarded(_SWEEP_PATIENCE, self._remove_abandoned)
 
     def _remove_abandoned(self, txn: Any) -> None:
-        for path in list(self._blobs.abandoned(txn)):
+        for path in list(self._bind()[1].blobs.abandoned(txn)):
             path.unlink(missing_ok=True)
 
     def _evictions(self, txn: Any) -> int:  # noqa: ARG002 - the cache counts them
         return 0
-
-    @contextlib.contextmanager
-    def _transaction(self, *, buffers: bool = False) -> Iterator[Any]:
-        """Read in a block from one snapshot."""
-        try:
-            with self._begin(self._db, None, False, buffers) as txn:
-                yield txn
-        except lmdb.Error as error:
-            raise self._translated(error) from error
-
-    def _write(self, body: Callable[Concatenate[Any, P], T], *args: P.args, **_: P.kwargs) -> T:
-        """Run a function in a transaction: committed at its end, undone by an error."""
-        return self._guarded(self._owner.timeout, body, *args)
-
-    async def _awrite(
-        self, body: Callable[Concatenate[Any, P], T], *args: P.args, **_: P.kwargs
-    ) -> T:
-        """Awaitable twin of `_write`: in a thread only if another writer makes it wait."""
-        if self._owner.opened().durable:  # waits for the disk
-            return await asyncio.to_thread(self._guarded, self._owner.timeout, body, *args)
-        try:
-            return self._guarded(_LOOP_PATIENCE, body, *args)
-        except Busy:
-            return await asyncio.to_thread(self._guarded, self._owner.timeout, body, *args)
-
-    def _guarded(self, patience: float, body: Callable[..., T], *args: Any) -> T:
-        guard, blobs = self._guard or self._open_guard()
-        if not guard.acquire(patience):
-            raise Busy(
-                f"another process has been writing to the store in {self._owner.directory} for "
-                f"{patience} s: it is stopped or starved of CPU. Nothing was written"
-            )
-        try:
-            with self._begin(self._db, None, True) as txn:
-                result = body(txn, *args)
-            if blobs.doomed:
-                blobs.remove_doomed()
-        except lmdb.Error as error:
-            raise self._translated(error) from error
-        else:
-            return result
-        finally:
-            blobs.doomed.clear()  # what an undone transaction wanted removed stays
-            guard.release()
-
-    def _open_guard(self) -> tuple[WriteGuard, Blobs]:
-        files = self._owner.opened()
-        self._guard = files.guards[self._space], files.blobs[self._space]
-        return self._guard
-
-    def _translated(self, error: lmdb.Error) -> StoreError:
-        """Turn a driver's error into one of ours; a commit that failed changed nothing."""
-        directory = self._owner.directory
-        if isinstance(error, lmdb.MapFullError):
-            return StoreFull(
-                f"the {self._space} part of the store in {directory} has reached its size limit; "
-                f"delete keys, or raise it: HORNBEAM_STORE=lmdb://{directory}?state_size=BYTES"
-            )
-        if error.code in (errno.ENOSPC, errno.EDQUOT):
-            return StoreFull(f"the disk under the store in {directory} is full")
-        if isinstance(error, DAMAGE):
-            return damaged(directory, str(error))
-        return StoreUnavailable(f"the store in {directory} failed: {error}")
 
     def _expiry(self, ttl: float | None) -> int:
         return 0 if ttl is None else max(int((self._clock() + ttl) * 1000), 1)

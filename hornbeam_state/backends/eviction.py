@@ -89,11 +89,6 @@ def choose_victims(cursor: Any, sketch: Sketch) -> list[bytes]:
     return [stored for stored, _ in ranked[:_VICTIMS]]
 
 
-def pages(statistics: Any) -> int:
-    """Return how many pages a database takes."""
-    return sum(statistics[kind] for kind in ("branch_pages", "leaf_pages", "overflow_pages"))
-
-
 def make_room(
     txn: Any,
     db: Any,

@@ -29,6 +29,7 @@ _ATTRIBUTES_SIZE: Final = 64  # of pthread_mutexattr_t; it is smaller everywhere
 _CLOCK_MONOTONIC: Final = 1
 _PTHREAD_PROCESS_SHARED: Final = 1
 _PTHREAD_MUTEX_ROBUST: Final = 1
+_PTHREAD_MUTEX_ERRORCHECK: Final = 2
 
 
 class _Timespec(ctypes.Structure):
@@ -63,7 +64,10 @@ class WriteGuard:
         self._consistent: Callable[..., int] = libc.pthread_mutex_consistent
 
     def acquire(self, timeout: float) -> bool:
-        """Take the mutex, waiting for at most `timeout` seconds; return whether it was taken."""
+        """Take the mutex, waiting for at most `timeout` seconds; return whether it was taken.
+
+        It is not where this very thread holds it, as in a signal handler during a write.
+        """
         result = self._try(self._mutex)
         if result == errno.EBUSY and timeout > 0:
             until = time.monotonic() + timeout
@@ -71,7 +75,7 @@ class WriteGuard:
             result = self._wait(self._mutex, _CLOCK_MONOTONIC, ctypes.byref(deadline))
         if result == 0:
             return True
-        if result in (errno.EBUSY, errno.ETIMEDOUT):
+        if result in (errno.EBUSY, errno.ETIMEDOUT, errno.EDEADLK):
             return False
         if result == errno.EOWNERDEAD:  # its owner died; what it guards mends itself
             self._consistent(self._mutex)
@@ -79,7 +83,7 @@ class WriteGuard:
         raise StoreUnavailable(f"the store's write guard is broken: {os.strerror(result)}")
 
     def release(self) -> None:
-        """Give the mutex back."""
+        """Give the mutex back; does nothing when this thread does not hold it."""
         self._unlock(self._mutex)
 
 
@@ -107,6 +111,7 @@ def _initialise(memory: mmap.mmap) -> None:
         libc.pthread_mutexattr_init(attributes)
         or libc.pthread_mutexattr_setpshared(attributes, _PTHREAD_PROCESS_SHARED)
         or libc.pthread_mutexattr_setrobust(attributes, _PTHREAD_MUTEX_ROBUST)
+        or libc.pthread_mutexattr_settype(attributes, _PTHREAD_MUTEX_ERRORCHECK)
         or libc.pthread_mutex_init(ctypes.c_void_p(ctypes.addressof(buffer)), attributes)
     )
     del buffer  # else the map cannot be closed

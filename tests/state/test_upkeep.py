@@ -45,10 +45,9 @@ def make(tmp_path):
 
 def rows(backend, space):
     """Count what the file holds, expired or not, records and entries of the index apart."""
-    files = backend.opened()
-    environment, db = files.databases[space]
-    with environment.begin() as txn:
-        return txn.stat(db)["entries"], txn.stat(files.expiries[space])["entries"]
+    file = backend.opened().file(space)
+    with file.environment.begin() as txn:
+        return txn.stat(file.databases[space])["entries"], txn.stat(file.index)["entries"]
 
 
 @pytest.mark.parametrize("space", ["app", "sys", "cache"])
@@ -226,8 +225,8 @@ def test_every_commit_can_wait_for_the_disk(make):
     """With durability=commit everything works as before, only slower."""
     backend = make(durability="commit")
     assert backend.keyspace("app").incr(b"n", 1) == 1
-    assert backend.opened().databases["app"][0].flags()["sync"]
-    assert not backend.opened().databases["cache"][0].flags()["sync"]
+    assert backend.opened().state.environment.flags()["sync"]
+    assert not backend.opened().cache.environment.flags()["sync"]
 
 
 def test_a_store_in_use_by_another_container_is_refused(make, tmp_path):

@@ -1,0 +1,102 @@
+"""Who has an embedded store open, and what the first of them checks before anyone else comes in."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+from hornbeam_state.backends.data_file import check_data_file
+from hornbeam_state.backends.directory import check_namespace
+from hornbeam_state.backends.kernel_locks import lock_range
+from hornbeam_state.backends.snapshots import is_first_after_reboot, note_boot, recover
+from hornbeam_state.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+logger = logging.getLogger("hornbeam.store")
+
+
+class Presence:
+    """A lock that every user of a store shares, for as long as it has the store open.
+
+    Attributes:
+        alone: Nobody else has the store open. Until `welcome_others`, nobody else can.
+
+    Raises:
+        StoreUnavailable: the state file is damaged, or the store is in use by another container.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._descriptor = os.open(directory / "users", flags, 0o600)
+        try:
+            self.alone = lock_range(self._descriptor, fcntl.F_WRLCK)
+            check_namespace(directory, alone=self.alone)
+            if self.alone:
+                _check_files_alone(directory)
+            else:
+                check_data_file(directory / "state.lmdb", alone=False)
+                check_data_file(directory / "cache.lmdb", alone=False)
+                self._share()
+        except BaseException:
+            self.end()
+            raise
+
+    def welcome_others(self) -> None:
+        """Let others open the store."""
+        if self.alone:
+            self._share()
+
+    def end(self) -> None:
+        """Stop being a user; in a forked child, leave that to the parent."""
+        os.close(self._descriptor)
+
+    def _share(self, timeout: float = 10.0) -> None:
+        """Turn the lock into a shared one, once whoever checks the files is done."""
+        deadline = time.monotonic() + timeout
+        while not lock_range(self._descriptor, fcntl.F_RDLCK):
+            if time.monotonic() > deadline:
+                raise StoreUnavailable(
+                    f"another process has been checking the store's files for {timeout:.0f} s; "
+                    f"try again"
+                )
+            time.sleep(0.005)
+
+
+def _check_files_alone(directory: Path) -> None:
+    """Check the data files while nobody else has them open, and mend what can be mended.
+
+    The cache can be computed anew, so a damaged one is set aside. The state falls back to its
+    snapshot only where a reboot explains the damage; else somebody should have a look.
+
+    Raises:
+        StoreUnavailable: the state file is damaged and stays as it is.
+    """
+    cache, state = directory / "cache.lmdb", directory / "state.lmdb"
+    rebooted = is_first_after_reboot(directory)
+    try:
+        check_data_file(cache, alone=True, whatever_its_size=rebooted)
+    except StoreUnavailable as error:
+        cache.rename(cache.with_suffix(".lmdb.damaged"))
+        _say_loudly(f"{error}; it was moved away, and the cache starts empty")
+    try:
+        check_data_file(state, alone=True, whatever_its_size=rebooted)
+    except StoreUnavailable as error:
+        if not rebooted:
+            raise
+        _say_loudly(recover(state, str(error), _check_snapshot))
+    note_boot(directory)
+
+
+def _check_snapshot(path: Path) -> None:
+    check_data_file(path, alone=True, whatever_its_size=True)
+
+
+def _say_loudly(message: str) -> None:
+    logger.error("%s", message)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
