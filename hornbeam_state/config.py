@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from hornbeam_state.errors import ConfigError
 
@@ -29,6 +29,9 @@ _OPTIONS: Final[dict[str, type]] = {
     "durability": str,
     "snapshot_every": float,
 }
+_LARGEST_FILE: Final = 32 * 1024 * 1024 * MIB  # both are mapped, into the 128 TiB of a process
+_PLAIN_TEXT: Final = re.compile(r"[\w .+-]*")
+_ADDRESS: Final = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+)(:.*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,10 @@ class StoreConfig:
         if not (math.isfinite(self.timeout) and 0 < self.timeout <= 60):  # noqa: PLR2004
             raise ConfigError(f"store timeout={self.timeout}: give seconds above 0, at most 60")
         for name in ("state_size", "cache_size"):
-            if getattr(self, name) < MIB:
-                raise ConfigError(f"store {name}={getattr(self, name)}: give at least {MIB} bytes")
+            if not MIB <= getattr(self, name) <= _LARGEST_FILE:
+                raise ConfigError(
+                    f"store {name}={getattr(self, name)}: give {MIB} to {_LARGEST_FILE} bytes"
+                )
         if self.durability not in ("process", "commit"):
             raise ConfigError(f"store durability={self.durability!r}: give process or commit")
         if not (math.isfinite(self.snapshot_every) and self.snapshot_every >= 0):
@@ -85,13 +90,17 @@ class StoreConfig:
 
     @property
     def safe_url(self) -> str:
-        """The URL with any password replaced by ``***``."""
+        """The URL with ``***`` for whatever may be a secret, for messages."""
         parts = urlsplit(self.url)
-        query = re.sub(r"(^|&)([^&=]*password)=[^&]*", r"\1\2=***", parts.query)
-        netloc = parts.netloc
-        if parts.password is not None:
-            netloc = f"{parts.username or ''}:***@{netloc.rpartition('@')[2]}"
-        return _joined(parts._replace(netloc=netloc, query=query))
+        login, at, address = parts.netloc.rpartition("@")
+        user, colon, _ = login.partition(":")
+        shown = f"{user}:***" if colon else "***" * bool(at)  # a lone word may be a password
+        options = [
+            (name, value if name == "db" else "***") for name, value in _options(parts.query)
+        ]
+        return _joined(
+            parts._replace(netloc=f"{shown}{at}{address}", query=urlencode(options, safe="*"))
+        )
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> StoreConfig:
@@ -100,38 +109,19 @@ class StoreConfig:
         Args:
             url: One of the forms in the docs, such as ``lmdb:///var/lib/app`` or
                 ``redis://host:6379/0``; ``timeout``, ``state_size`` and ``cache_size`` may
-                follow as a query.
+                follow as a query. What stands for itself there is escaped as in any URL: ``#``
+                as ``%23``, and in a password also ``/``, ``?`` and ``@``.
             **options: The same options as keywords; they win over the query.
 
         Raises:
             ConfigError: the URL or an option is wrong.
         """
-        if not isinstance(url, str) or "://" not in url:
-            raise ConfigError(f"store URL {_masked(url)} has no scheme: use one of {_EXAMPLES}")
-        scheme = url.partition("://")[0]
-        if scheme not in ("lmdb", "memory", *REDIS_SCHEMES):
-            raise ConfigError(f"store URL scheme {scheme!r} is not known: use one of {_EXAMPLES}")
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        scheme = _scheme(url)
+        parts = _split(url)
+        query = dict(_options(parts.query))
         own = {name: query.pop(name) for name in list(query) if name in _OPTIONS}
-        if scheme in REDIS_SCHEMES:
-            rest = parts._replace(query=urlencode(query))
-            config = cls(scheme=scheme, url=_checked_redis_url(rest))
-        elif query:
-            raise ConfigError(
-                f"store URL option {next(iter(query))!r} is not known: use {', '.join(_OPTIONS)}"
-            )
-        elif scheme == "memory":
-            config = cls(scheme=scheme, url="memory://")
-        else:
-            if parts.netloc:
-                raise ConfigError(
-                    f"store URL {url!r} names a host ({parts.netloc!r}), but an embedded store is "
-                    f"local: write three slashes, as in lmdb:///{parts.netloc}{parts.path}"
-                )
-            path = Path(unquote(parts.path))
-            config = cls(scheme=scheme, url=f"lmdb://{path}", path=path)
-        return replace(config, **_converted({**own, **options}))
+        place = _server(parts, query) if scheme in REDIS_SCHEMES else _local(parts, query)
+        return cls(scheme=scheme, **place, **_converted({**own, **options}))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> StoreConfig:
@@ -148,36 +138,133 @@ class StoreConfig:
                 return cls.from_url(url)
             except ConfigError as error:
                 raise ConfigError(f"HORNBEAM_STORE: {error}") from None
-        path = Path.cwd() / DEFAULT_DIRECTORY
-        return cls(scheme="lmdb", url=f"lmdb://{path}", path=path, fallback=True)
+        path = _working_directory() / DEFAULT_DIRECTORY
+        return cls(scheme="lmdb", url=_directory_url(path), path=path, fallback=True)
 
 
-def _masked(url: object) -> str:
-    """Show a malformed URL without what may be a password in it."""
-    return repr(url) if "@" not in str(url) else "(hidden, since it may hold a password)"
+def _scheme(url: str) -> str:
+    if not isinstance(url, str):
+        raise ConfigError(
+            f"store URL is of type {type(url).__qualname__} and has no scheme: give a str, one of "
+            f"{_EXAMPLES}"
+        )
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise ConfigError(f"store URL has no scheme: use one of {_EXAMPLES}")
+    if scheme not in ("lmdb", "memory", *REDIS_SCHEMES):
+        raise ConfigError(f"store URL scheme {_shown(scheme)} is not known: use one of {_EXAMPLES}")
+    return scheme
 
 
-def _checked_redis_url(parts: Any) -> str:
+def _shown(text: str) -> str:
+    """Quote a part of a bad URL, unless it may hold a password."""
+    return repr(text) if _PLAIN_TEXT.fullmatch(text) else "(not shown: it may hold a password)"
+
+
+def _split(url: str) -> SplitResult:
+    """Take a URL apart, and refuse what `urlsplit` would drop without a word."""
+    if "#" in url:
+        raise ConfigError("store URL: a # would cut off what follows: write %23")
+    if re.search(r"[\x00-\x1f\x7f]|%00", url):
+        raise ConfigError("store URL: remove the control character, such as NUL or a line end")
+    try:
+        return urlsplit(url)
+    except ValueError:  # it quotes the URL, so it is not passed on
+        raise ConfigError(
+            "store URL: the host is malformed: write [ and ] only around an IPv6 address (in a "
+            "password %5B and %5D), and no characters that stand for / ? # @ or :"
+        ) from None
+
+
+def _options(query: str) -> list[tuple[str, str]]:
+    return parse_qsl(query, keep_blank_values=True)
+
+
+def _local(parts: SplitResult, query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that say where an embedded store is."""
+    if parts.scheme == "memory" and (parts.netloc or parts.path):
+        raise ConfigError("store URL: memory:// has no host and no path: write nothing after it")
+    if parts.netloc:
+        written = parts.netloc + parts.path
+        example = "var/lib/myapp" if re.search("[:@]", written) else written
+        raise ConfigError(
+            f"store URL names a host, but an embedded store is local: write three slashes, as in "
+            f"lmdb:///{example}"
+        )
+    if query:
+        raise ConfigError(
+            f"store URL option {_shown(next(iter(query)))} is not known: use {', '.join(_OPTIONS)}"
+        )
+    if parts.scheme == "memory":
+        return {"url": "memory://"}
+    path = Path(unquote(parts.path, errors="surrogateescape"))
+    return {"url": _directory_url(path), "path": path}
+
+
+def _directory_url(path: Path) -> str:
+    return f"lmdb://{quote(os.fsencode(path))}"
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory, where the default store lies, cannot be used "
+            f"({error.strerror}): set HORNBEAM_STORE to one of {_EXAMPLES}"
+        ) from error
+
+
+def _server(parts: SplitResult, query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that say where a server is."""
+    _check_login(parts)
+    if parts.scheme == "unix":
+        _check_socket(parts)
+    else:
+        _check_address(parts)
+    return {"url": _joined(parts._replace(query=urlencode(query)))}
+
+
+def _check_login(parts: SplitResult) -> None:
+    """Refuse a password that was cut in two, before any message shows its second half."""
+    if "@" in parts.path + parts.query:
+        raise ConfigError(
+            "store URL: an @ follows the host: in a password write %2F for /, %3F for ? and %40 "
+            "for @, elsewhere %40 for @"
+        )
+    try:
+        _joined(parts).encode()
+    except UnicodeEncodeError:  # it quotes the URL, so it is not passed on
+        raise ConfigError("store URL is not UTF-8: write such bytes as %FF") from None
+
+
+def _check_socket(parts: SplitResult) -> None:
+    if not parts.path.strip("/") or parts.netloc.rpartition("@")[2]:
+        raise ConfigError("store URL names no socket: write unix:///path/to/redis.sock")
+
+
+def _check_address(parts: SplitResult) -> None:
     try:
         port_is_valid = parts.port is None or parts.port > 0
     except ValueError:
         port_is_valid = False
     if not port_is_valid:
         raise ConfigError("store URL: the port is not a number from 1 to 65535")
-    if parts.scheme != "unix" and not parts.hostname:
-        raise ConfigError(f"store URL names no host: write {parts.scheme}://host:6379/0")
-    if parts.scheme == "unix" and not parts.path.strip("/"):
-        raise ConfigError("store URL names no socket: write unix:///path/to/redis.sock")
+    if not _ADDRESS.fullmatch(parts.netloc.rpartition("@")[2]):
+        raise ConfigError(
+            f"store URL names no host: write {parts.scheme}://host:6379/0, or [::1] for the host"
+        )
     database = parts.path.strip("/")
-    if parts.scheme != "unix" and database and not database.isdigit():
-        raise ConfigError(f"store URL: database {database!r} is not a number; write .../0")
-    return _joined(parts)
+    if not re.fullmatch("[0-9]{0,9}", database):
+        raise ConfigError(
+            f"store URL: database {_shown(database)} is not a number that Redis takes; write .../0"
+        )
 
 
 def _joined(parts: SplitResult) -> str:
-    """Undo `urlsplit`; its inverse forgets the slashes of an empty host in ``unix:///path``."""
-    scheme, _, rest = urlunsplit(parts).partition(":")
-    return f"{scheme}://{rest.removeprefix('//')}"
+    """Undo `urlsplit`; its own inverse forgets the slashes of an empty host."""
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc}{parts.path}{query}"
 
 
 def _converted(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +273,15 @@ def _converted(options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _OPTIONS:
             raise ConfigError(f"store option {name!r} is not known: use {', '.join(_OPTIONS)}")
         try:
-            converted[name] = _OPTIONS[name](value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"store option {name}={value!r} is not a number") from None
+            converted[name] = _read(_OPTIONS[name], value)
+        except (OverflowError, TypeError, ValueError):
+            raise ConfigError(
+                f"store option {name}={value!r} is not a number in plain digits"
+            ) from None
     return converted
+
+
+def _read(kind: type, value: Any) -> Any:
+    if kind is not str and isinstance(value, str) and not value.isascii():
+        raise ValueError("Python would read the digits of any script")
+    return kind(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -26,6 +27,9 @@ class Lock:
     A context manager, sync and async, that any number of threads and tasks may share. Waiters are
     not queued; whoever asks first after it is freed gets it.
 
+    It may be left in another thread or task than the one that entered. A forked child is not the
+    holder of what its parent entered: it waits like anyone else, and leaving there frees nothing.
+
     Args:
         backend: Where the lock lives.
         name: Its name.
@@ -35,7 +39,8 @@ class Lock:
 
     Raises:
         LockTimeout: on entering: someone else held it for the whole timeout.
-        RuntimeError: on entering: this thread or task holds it already (it is not reentrant).
+        RuntimeError: on entering: this thread or task holds it already (it is not reentrant); on
+            leaving: nobody entered.
         LockLost: on leaving: it expired and may have passed to someone else meanwhile.
     """
 
@@ -50,7 +55,7 @@ class Lock:
         self._name = name
         self._ttl = ttl
         self._timeout = timeout
-        self._held: dict[object, HeldLock] = {}
+        self._held: dict[tuple[int, object], HeldLock] = {}
 
     def __enter__(self) -> Self:
         for pause in self._pauses():
@@ -67,7 +72,9 @@ class Lock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._check_still_held(self._held.pop(_me()).release(), error)
+        held = self._left()
+        if held is not None:
+            self._check_still_held(held.release(), error)
 
     async def __aenter__(self) -> Self:
         for pause in self._pauses():
@@ -84,7 +91,21 @@ class Lock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._check_still_held(await self._held.pop(_me()).arelease(), error)
+        held = self._left()
+        if held is not None:
+            self._check_still_held(await held.arelease(), error)
+
+    def _left(self) -> HeldLock | None:
+        """Return what to release on leaving, or None where only the parent process holds it."""
+        # Frameworks enter and leave in different threads: then it is the longest held one. Each
+        # `pop` is atomic, so that two who leave at once never get the same.
+        holders = list(self._held)
+        for who in (_me(), *holders):
+            if who[0] == os.getpid() and (held := self._held.pop(who, None)) is not None:
+                return held
+        if any(process != os.getpid() for process, _ in holders):
+            return None
+        raise RuntimeError("the lock is not held: enter it before leaving it")
 
     def _pauses(self) -> Iterator[float]:
         """Yield how long to wait after each attempt; the last attempt is at the timeout."""
@@ -113,9 +134,9 @@ class Lock:
             )
 
 
-def _me() -> object:
-    """Return the running task, or the thread where there is none."""
+def _me() -> tuple[int, object]:
+    """Return the process, and the running task, or the thread where there is none."""
     try:
-        return asyncio.current_task() or threading.get_ident()
+        return os.getpid(), asyncio.current_task() or threading.get_ident()
     except RuntimeError:
-        return threading.get_ident()
+        return os.getpid(), threading.get_ident()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import asyncio
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN, Backend, Keyspace, Space
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 _LONGEST_KEY: Final = 4096
+_LONGEST_TTL: Final = 10**10
 
 
 def open_store(url: str, **options: Any) -> Store:
@@ -37,7 +38,8 @@ class Store:
     may be called from any of them. An expired key is an absent key. Each method has an awaitable
     twin that starts with ``a`` and means the same.
 
-    Keys are `str` of 1 to 4,096 bytes of UTF-8; times to live are seconds above zero.
+    Keys are `str` of 1 to 4,096 bytes of UTF-8; times to live are seconds above zero, at most 10
+    billion.
 
     Args:
         config: Where the store is.
@@ -66,6 +68,10 @@ class Store:
     def check(self) -> None:
         """Connect, if not done yet, and raise what stands in the way."""
         self.backend.check()
+
+    async def acheck(self) -> None:
+        """Awaitable twin of `check`; in a thread, since it may take long."""
+        await asyncio.to_thread(self.backend.check)
 
     def close(self) -> None:
         """Release connections and files; a later call opens them again."""
@@ -115,11 +121,11 @@ class Store:
         if expected is MISSING:
             return self.add(key, value, ttl=ttl)
         name, data, seconds = _key(key), encode(value), check_ttl(ttl)
-        seen: bytes | None = encode(expected)
+        seen = encode(expected)
         while not self._keyspace.cas(name, seen, data, seconds):
             # The present bytes may differ and still mean the same, as dicts in another order do.
             present = self._keyspace.get(name)
-            if present is None or present == seen or not _same(present, expected):
+            if present is None or not _same(present, expected):
                 return False
             seen = present
         return True
@@ -129,10 +135,10 @@ class Store:
         if expected is MISSING:
             return await self.aadd(key, value, ttl=ttl)
         name, data, seconds = _key(key), encode(value), check_ttl(ttl)
-        seen: bytes | None = encode(expected)
+        seen = encode(expected)
         while not await self._keyspace.acas(name, seen, data, seconds):
             present = await self._keyspace.aget(name)
-            if present is None or present == seen or not _same(present, expected):
+            if present is None or not _same(present, expected):
                 return False
             seen = present
         return True
@@ -292,6 +298,8 @@ def _key(key: str) -> bytes:
 
 
 def _prefix(prefix: str) -> bytes:
+    if not isinstance(prefix, str):
+        raise TypeError(f"a prefix is a str, not {type(prefix).__qualname__}")
     return _key(prefix) if prefix else b""
 
 
@@ -299,13 +307,18 @@ def check_ttl(ttl: float | None) -> float | None:
     """Return a time to live in seconds, or None.
 
     Raises:
-        TypeError, ValueError: it is not a finite number above zero.
+        TypeError, ValueError: it is not a number above zero, or too large.
     """
     if ttl is None:
         return None
     if isinstance(ttl, bool) or not isinstance(ttl, int | float):
         raise TypeError(f"ttl is a number of seconds or None, not {type(ttl).__qualname__}")
-    if not (math.isfinite(ttl) and ttl > 0):
+    if ttl > _LONGEST_TTL:  # not shown: it may be an int that is too long to print
+        raise ValueError(
+            f"ttl is beyond {_LONGEST_TTL:,} seconds (317 years), the longest that Redis takes: "
+            f"give less, or None for no expiry"
+        )
+    if not ttl > 0:
         raise ValueError(f"ttl={ttl}: give seconds above 0, or None for no expiry")
     return ttl
 

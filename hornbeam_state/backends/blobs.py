@@ -114,6 +114,13 @@ class Blobs:
         self._account(txn, -size)
         self.doomed.add(digest)
 
+    def release_all(self, txn: Any) -> None:
+        """Drop every reference; the files go after the commit."""
+        with txn.cursor(self._references) as cursor:
+            digests = list(cursor.iternext(keys=True, values=False))
+        self.doomed.update(digest for digest in digests if digest != _BYTES_KEPT)
+        txn.drop(self._references, delete=False)
+
     def remove_doomed(self) -> None:
         """Remove, after the commit, the files that it left without a reference."""
         while self.doomed:

@@ -163,6 +163,13 @@ def _create(target: Path, text: str) -> None:
         Path(name).unlink()
 
 
+def write_note(path: Path, text: str) -> None:
+    """Write a small file that only this user may read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+
+
 def check_namespace(directory: Path, *, alone: bool) -> None:
     """Refuse to share a store with processes of another container.
 
@@ -182,7 +189,7 @@ def check_namespace(directory: Path, *, alone: bool) -> None:
     except OSError:
         return  # no /proc: nothing to compare
     if alone:
-        note.write_text(own, "ascii")
+        write_note(note, own)
     elif note.exists() and note.read_text("ascii") != own:
         raise StoreUnavailable(
             f"the store in {directory} is in use by another container (pid namespace): an embedded "

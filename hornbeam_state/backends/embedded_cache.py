@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import lmdb
+
 from hornbeam_state.backends import eviction
+from hornbeam_state.backends.blobs import Blob
 from hornbeam_state.backends.embedded_keys import EmbeddedKeyspace
 from hornbeam_state.backends.records import HASH_SIZE, full_key, scattered_key
 from hornbeam_state.errors import StoreFull
@@ -12,12 +16,11 @@ from hornbeam_state.errors import StoreFull
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hornbeam_state.backends.blobs import Blob
-
 T = TypeVar("T")
 
 _EVICTIONS: Final = b"evictions"
-_EVICT_ABOVE: Final = 0.7  # of the file's size: copy-on-write needs the rest for its old pages
+_SPARE: Final = 0.3  # of the file's size
+_SPARE_AT_LEAST: Final = 2 * 1024 * 1024
 
 
 class CacheKeyspace(EmbeddedKeyspace):
@@ -44,30 +47,46 @@ class CacheKeyspace(EmbeddedKeyspace):
                 yield bytes(stored), key, record
 
     def _store(self, txn: Any, key: bytes, value: bytes | Blob, expires: int) -> None:
-        super()._store(txn, key, value, expires)
+        size = value.size if isinstance(value, Blob) else len(value)
+        if size > self._limit // 2:
+            raise StoreFull(
+                f"a value of {size} bytes is too large for a cache with a cache_size of "
+                f"{self._bind()[0].cache_size}"
+            )
+        self._evict_down_to(txn, self._limit - size)
+        self._write_record(txn, key, value, expires)
         sketch = self._bind()[0].sketch
         sketch.note(key)
         sketch.age(1)
 
-    def _reserve(self, txn: Any, size: int) -> None:
-        """Evict until there is room for a value.
-
-        Raises:
-            StoreFull: it is too large to be worth the room.
-        """
-        limit = int(self._bind()[0].cache_size * _EVICT_ABOVE)
-        if size > limit // 2:
-            raise StoreFull(f"a value of {size} bytes is too large for a cache of {limit}")
-        self._evict_down_to(txn, limit - size)
+    @property
+    def _limit(self) -> int:
+        """Bytes that entries may take: copy-on-write needs the rest for its old pages."""
+        size = self._bind()[0].cache_size
+        return size - max(int(size * _SPARE), min(_SPARE_AT_LEAST, size // 2))
 
     def _guarded(self, patience: float, body: Callable[..., T], *args: Any) -> T:
-        """Write, making more room where LMDB finds no neighbouring pages for a value."""
-        try:
-            return super()._guarded(patience, body, *args)
-        except StoreFull:
-            limit = int(self._bind()[0].cache_size * _EVICT_ABOVE)
-            super()._guarded(patience, self._evict_down_to, limit // 2)
-            return super()._guarded(patience, body, *args)
+        """Write, making more room where LMDB finds none: it needs neighbouring pages."""
+        for remedy in (self._halve, self._empty):
+            try:
+                return super()._guarded(patience, body, *args)
+            except StoreFull as error:
+                if not isinstance(error.__cause__, lmdb.MapFullError):
+                    raise
+                with contextlib.suppress(StoreFull):
+                    super()._guarded(patience, remedy)
+        return super()._guarded(patience, body, *args)
+
+    def _halve(self, txn: Any) -> None:
+        self._evict_down_to(txn, self._limit // 2)
+
+    def _empty(self, txn: Any) -> None:
+        """Remove everything: dropping a database takes hardly any pages."""
+        file = self._bind()[1]
+        self._count_evictions(txn, txn.stat(self._db)["entries"])
+        txn.drop(self._db, delete=False)
+        txn.drop(file.index, delete=False)
+        file.blobs.release_all(txn)
 
     def _evict_down_to(self, txn: Any, limit: int) -> None:
         files, file = self._bind()
@@ -75,7 +94,11 @@ class CacheKeyspace(EmbeddedKeyspace):
             txn, self._db, files.sketch, lambda: file.used(txn) > limit, self.remove
         )
         if removed:
-            txn.put(_EVICTIONS, b"%d" % (self._evictions(txn) + removed), db=file.meta)
+            self._count_evictions(txn, removed)
+
+    def _count_evictions(self, txn: Any, removed: int) -> None:
+        total = self._evictions(txn) + removed
+        txn.put(_EVICTIONS, b"%d" % total, db=self._bind()[1].meta)
 
     def _evictions(self, txn: Any) -> int:
         return int(bytes(txn.get(_EVICTIONS, b"0", db=self._bind()[1].meta)))

@@ -286,9 +286,27 @@ class EmbeddedKeyspace(Access):
                     blobs.discard(one)
 
     def _store(self, txn: Any, key: bytes, value: bytes | Blob, expires: int) -> None:
+        """Write a record within the limit of the space.
+
+        Raises:
+            StoreFull: it would take pages beyond the limit.
+        """
+        self._room -= value.size if isinstance(value, Blob) else len(value)
+        if self._room >= 0:
+            self._write_record(txn, key, value, expires)
+            return
+        # What is used is looked up only now and then, so several processes may together pass the
+        # limit by some hundredths.
+        files, file = self._bind()
+        before = file.used(txn)
+        self._write_record(txn, key, value, expires)
+        after = file.used(txn)
+        if after > max(before, files.state_size):
+            raise self._full()
+        self._room = max(0, min(files.state_size - after, files.state_size // _ROOM_CHECKS))
+
+    def _write_record(self, txn: Any, key: bytes, value: bytes | Blob, expires: int) -> None:
         """Write a record, and keep references to files and the index of expiries in step."""
-        size = value.size if isinstance(value, Blob) else len(value)
-        self._reserve(txn, size + 2 * len(key))
         stored = self._stored(key)
         if isinstance(value, Blob):
             self._bind()[1].blobs.store(txn, value)
@@ -299,23 +317,6 @@ class EmbeddedKeyspace(Access):
         before = txn.replace(stored, record)
         if expires or before is not None:
             self._replaced(txn, stored, before, expires)
-
-    def _reserve(self, txn: Any, size: int) -> None:
-        """Make sure that there is room for a value.
-
-        What is used is looked up only now and then, so several processes may together pass the
-        limit by some hundredths.
-
-        Raises:
-            StoreFull: there is none.
-        """
-        self._room -= size
-        if self._room < 0:
-            files, file = self._bind()
-            left = files.state_size - file.used(txn)
-            if left < size:
-                raise self._full()
-            self._room = min(left, files.state_size // _ROOM_CHECKS) - size
 
     def remove(self, txn: Any, stored: bytes) -> bytes | None:
         """Remove a record and what belongs to it; return the record."""

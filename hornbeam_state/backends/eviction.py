@@ -37,13 +37,11 @@ class Sketch:
     """
 
     def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._cells: mmap.mmap | bytearray
         try:
-            # Allocated now: writing through the map to a hole of a full disk would be a SIGBUS.
-            os.posix_fallocate(descriptor, 0, _CELLS + 8)
-            self._cells = mmap.mmap(descriptor, _CELLS + 8)
-        finally:
-            os.close(descriptor)
+            self._cells = _shared_cells(path)
+        except OSError:  # no room: this process estimates for itself
+            self._cells = bytearray(_CELLS + 8)
 
     def note(self, key: bytes) -> None:
         """Count one use of a key."""
@@ -70,9 +68,15 @@ class Sketch:
             del cells  # else the map could not be closed
         self._cells[_CELLS:] = total.to_bytes(8, "little")
 
-    def close(self) -> None:
-        """Unmap the file."""
-        self._cells.close()
+
+def _shared_cells(path: Path) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        # Allocated now: writing through the map to a hole of a full disk would be a SIGBUS.
+        os.posix_fallocate(descriptor, 0, _CELLS + 8)
+        return mmap.mmap(descriptor, _CELLS + 8)
+    finally:
+        os.close(descriptor)
 
 
 def choose_victims(cursor: Any, sketch: Sketch) -> list[bytes]:

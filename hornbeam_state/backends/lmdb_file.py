@@ -173,10 +173,8 @@ def _forget_inherited(path: Path) -> None:
     a thread of the parent was in the middle of a transaction, its frame keeps the environment in
     the child for ever, though no thread is left to use it. py-lmdb has no other way in.
     """
-    stale = set()
-    for file in (path, path.with_name(f"{path.name}-lock")):
-        status = file.stat()
-        stale.add(("ino", status.st_dev, status.st_ino))
+    files = [file.stat() for file in (path, path.with_name(f"{path.name}-lock"))]
+    stale = frozenset(("ino", file.st_dev, file.st_ino) for file in files)
     for one in gc.get_objects():
         if type(one) is set and not stale.isdisjoint(one):
             one.difference_update(stale)

@@ -10,7 +10,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-from hornbeam_state.backends.directory import prepare_directory
+from hornbeam_state.backends.directory import prepare_directory, write_note
 from hornbeam_state.backends.eviction import Sketch
 from hornbeam_state.backends.lmdb_file import LmdbFile
 from hornbeam_state.backends.presence import Presence
@@ -118,7 +118,7 @@ def _agreed_cache_size(directory: Path, wanted: int, *, decide: bool) -> int:
             return int(note.read_text("ascii"))
         except (OSError, ValueError):
             return wanted
-    note.write_text(str(wanted), "ascii")
+    write_note(note, str(wanted))
     return wanted
 
 

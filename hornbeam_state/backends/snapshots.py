@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import lmdb
 
+from hornbeam_state.backends.directory import write_note
 from hornbeam_state.errors import StoreFull, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def is_first_after_reboot(directory: Path) -> bool:
 
 def note_boot(directory: Path) -> None:
     """Note that the files were found sound in this run of the machine."""
-    (directory / "boot").write_text(_boot_id(), "ascii")
+    write_note(directory / "boot", _boot_id())
 
 
 def _boot_id() -> str:

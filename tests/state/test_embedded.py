@@ -28,7 +28,7 @@ from hornbeam_state import (
     StoreUnavailable,
     open_store,
 )
-from hornbeam_state.backends import directory, lmdb_files
+from hornbeam_state.backends import data_file, lmdb_file
 from hornbeam_state.backends.embedded import EmbeddedBackend
 from hornbeam_state.testing import ManualClock
 
@@ -562,10 +562,10 @@ DAMAGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["state.lmdb", "cache.lmdb"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_refused_and_left_alone(place, opened, name, damage):
+def test_a_damaged_file_is_refused_and_left_alone(place, opened, damage):
     """With its name and what to do; restored, everything is there again."""
+    name = "state.lmdb"
     files = sound_store(place, opened)
     expected = Child(read_all, place).value()
     (place / name).write_bytes(damage(files[name]))
@@ -639,7 +639,7 @@ def test_a_damaged_page_is_found_by_the_first_to_open(place, opened, damage):
 def test_damage_met_while_opening_a_large_store_is_an_error_of_ours(place, opened, monkeypatch):
     """Large files are not verified first; what LMDB then says of them is translated."""
     files = sound_store(place, opened)
-    monkeypatch.setattr(directory, "_THOROUGH_UP_TO", 0)
+    monkeypatch.setattr(data_file, "_THOROUGH_UP_TO", 0)
     raw = set()
     for name, data in files.items():
         for page in range(2, len(data) // PAGE):
@@ -674,7 +674,7 @@ def test_a_sound_cache_that_evicted_is_never_called_damaged(place, opened):
     cache = opened(place, cache_size=MIB).space("cache")
     for number in range(40):
         cache.set(f"k{number:03}", bytes(30_000 * (1 + number % 4)))
-        directory.check_data_file(place / "cache.lmdb", thorough=True)
+        data_file.check_data_file(place / "cache.lmdb", alone=True)
     cache.close()
     cache.check()
 

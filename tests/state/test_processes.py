@@ -241,7 +241,7 @@ def test_short_lived_processes_leave_no_reader_slots(store, url):
 
 def slots_in_use(url: str) -> int:
     mine = open_store(url)
-    environment = mine.backend.opened().databases["app"][0]
+    environment = mine.backend.opened().state.environment
     return len([line for line in environment.readers().splitlines() if line.split()[0].isdigit()])
 
 
