@@ -1,6 +1,6 @@
 """Large values as files of their own, named by their content.
 
-A value of a megabyte in LMDB needs neighbouring pages, which a file in use for long has few of,
+A large value in LMDB needs many neighbouring pages, which a file in use for long has few of,
 and writing it would keep other writers waiting. So it is written to a file first, while nobody
 waits, and the transaction only moves the file to its name and counts one more reference to it. A
 file goes when nothing refers to it any more; one that a killed process left behind goes later.
@@ -21,7 +21,7 @@ from hornbeam_state.errors import StoreFull, StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LARGEST_INLINE: Final = 256 * 1024
+LARGEST_INLINE: Final = 64 * 1024
 """Bytes up to which a value lies in LMDB."""
 
 _BYTES_KEPT: Final = b"bytes"  # a row among the references, which are digests of 32 bytes

@@ -57,8 +57,8 @@ class EmbeddedBackend:
             space: (CacheKeyspace if space == "cache" else EmbeddedKeyspace)(self, space, clock)
             for space in SPACES
         }
-        # A store that nobody uses any more is closed as if by `close`.
-        weakref.finalize(self, self._open.close).atexit = False
+        # What nobody uses any more is closed. The collector runs anywhere, also inside of locks.
+        weakref.finalize(self, self._open.close_from_elsewhere).atexit = False
         _backends.add(self)
 
     @property
@@ -155,11 +155,14 @@ class EmbeddedBackend:
     def close(self) -> None:
         """Close the files once no other backend of this process uses them."""
         with self._opening:
-            files, self._open.files = self._open.files, None
+            upkeep, files = self._open.take()
             for keyspace in self._keyspaces.values():
                 keyspace.detach()
-            self._open.files = files
-            self._open.close()
+        # Not with the lock held: the thread of the upkeep may be waiting for it.
+        if upkeep is not None:
+            upkeep.stop()
+        if files is not None:
+            release_files(files)
 
     async def aclose(self) -> None:
         """Awaitable twin of `close`."""
@@ -187,14 +190,17 @@ class _Open:
         self.files: LmdbFiles | None = None
         self.upkeep: Upkeep | None = None
 
-    def close(self) -> None:
-        """Close it."""
-        upkeep, self.upkeep = self.upkeep, None
-        files, self.files = self.files, None
-        if upkeep is not None:
-            upkeep.stop()
-        if files is not None:
-            release_files(files)
+    def take(self) -> tuple[Upkeep | None, LmdbFiles | None]:
+        """Return it, to be closed by the caller."""
+        upkeep, files = self.upkeep, self.files
+        self.files = self.upkeep = None
+        return upkeep, files
+
+    def close_from_elsewhere(self) -> None:
+        """Have the thread of the upkeep close it, without waiting for that."""
+        files = self.files
+        if self.upkeep is not None and files is not None:
+            self.upkeep.end_with(lambda: release_files(files))
 
     def forget_after_fork(self) -> None:
         """Leave it to the parent."""

@@ -141,7 +141,8 @@ class Access:
         A signal handler may raise anywhere in here, also between taking the guard and noting
         that it was taken.
         """
-        _, file = self._bind()
+        file = self._bind()[1]
+        release = file.guard.release
         taken: bool | None = None
         try:
             taken = file.guard.acquire(patience)
@@ -150,6 +151,7 @@ class Access:
                     f"another process has been writing to the store in {self._owner.place} for "
                     f"{patience} s: it is stopped or starved of CPU. Nothing was written"
                 )
+            file.blobs.doomed.clear()  # what an undone transaction wanted removed stays
             with self._begin(self._db, None, True) as txn:
                 result = body(txn, *args)
             if file.blobs.doomed:
@@ -161,8 +163,7 @@ class Access:
             return result
         finally:
             if taken is not False:
-                file.blobs.doomed.clear()  # what an undone transaction wanted removed stays
-                file.guard.release()
+                release()
 
     def _translated(self, error: lmdb.Error) -> StoreError:
         """Turn a driver's error into one of ours; a commit that failed changed nothing."""

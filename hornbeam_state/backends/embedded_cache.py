@@ -63,7 +63,7 @@ class CacheKeyspace(EmbeddedKeyspace):
     def _limit(self) -> int:
         """Bytes that entries may take: copy-on-write needs the rest for its old pages."""
         size = self._bind()[0].cache_size
-        return size - max(int(size * _SPARE), min(_SPARE_AT_LEAST, size // 2))
+        return size - max(int(size * _SPARE), min(_SPARE_AT_LEAST, size // 3))
 
     def _guarded(self, patience: float, body: Callable[..., T], *args: Any) -> T:
         """Write, making more room where LMDB finds none: it needs neighbouring pages."""

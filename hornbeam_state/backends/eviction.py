@@ -120,5 +120,7 @@ def make_room(
             break
         for stored in victims:
             remove(txn, stored)
-        removed += len(victims)
+            removed += 1
+            if not is_too_full():
+                break
     return removed

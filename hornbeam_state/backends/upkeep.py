@@ -53,6 +53,7 @@ class Upkeep:
         self._working = threading.Lock()
         self._held: KernelLock | None = None
         self._stopping = threading.Event()
+        self._at_end: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="hornbeam-upkeep", daemon=True)
         self._thread.start()
 
@@ -60,6 +61,11 @@ class Upkeep:
         """End the thread, after the step it is at."""
         self._stopping.set()
         self._thread.join(timeout=5)
+
+    def end_with(self, last: Callable[[], None]) -> None:
+        """Have the thread end by itself, and do one last thing then. Takes no locks."""
+        self._at_end = last
+        self._stopping.set()
 
     def hold(self) -> None:
         """Keep the thread from working until `go_on`, once the step it is at is done."""
@@ -87,6 +93,8 @@ class Upkeep:
         finally:
             if self._held is not None:
                 self._held.release()
+            if self._at_end is not None:
+                self._at_end()
 
     def _pause(self) -> float:
         return _TICK if self._held is not None else _STAND_FOR_ELECTION

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import tempfile
@@ -43,6 +44,9 @@ class WriteGuard:
         path: The file.
         fresh: Make it anew, whatever is there: nobody else uses it. A mutex that was held when
             the machine lost power would stay held for ever.
+
+    Attributes:
+        release: Gives the mutex back; does nothing when this thread does not hold it.
     """
 
     def __init__(self, path: Path, *, fresh: bool) -> None:
@@ -60,7 +64,8 @@ class WriteGuard:
         libc = ctypes.CDLL(None)
         self._try: Callable[..., int] = libc.pthread_mutex_trylock
         self._wait: Callable[..., int] = libc.pthread_mutex_clocklock
-        self._unlock: Callable[..., int] = libc.pthread_mutex_unlock
+        # A call into C as a whole: no signal handler can raise between its start and its end.
+        self.release: Callable[[], int] = functools.partial(libc.pthread_mutex_unlock, self._mutex)
         self._consistent: Callable[..., int] = libc.pthread_mutex_consistent
 
     def acquire(self, timeout: float) -> bool:
@@ -81,10 +86,6 @@ class WriteGuard:
             self._consistent(self._mutex)
             return True
         raise StoreUnavailable(f"the store's write guard is broken: {os.strerror(result)}")
-
-    def release(self) -> None:
-        """Give the mutex back; does nothing when this thread does not hold it."""
-        self._unlock(self._mutex)
 
 
 def _create(path: Path) -> None:

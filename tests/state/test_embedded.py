@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from hornbeam_state import (
     StoreUnavailable,
     open_store,
 )
-from hornbeam_state.backends import data_file, lmdb_file
+from hornbeam_state.backends import data_file, lmdb_files
 from hornbeam_state.backends.embedded import EmbeddedBackend
 from hornbeam_state.testing import ManualClock
 
@@ -583,18 +584,17 @@ def test_a_damaged_file_is_refused_and_left_alone(place, opened, damage):
 def test_what_the_message_about_damage_says_helps(place, opened):
     """Moving the file away starts afresh, and the other file keeps what it has."""
     files = sound_store(place, opened)
-    (place / "cache.lmdb").write_bytes(files["cache.lmdb"][:5000])
+    (place / "state.lmdb").write_bytes(files["state.lmdb"][:5000])
     message = refused(in_child(read_all, place))
     command = message[message.index("mv ") :]
     subprocess.run(command.split(), check=True)
 
     def use() -> list[int]:
         store = open_store(f"lmdb://{place}")
-        store.space("cache").set("k", 1)
         return [store.incr("n"), len(store.space("cache").keys())]
 
-    assert Child(use).value() == [6, 1]
-    assert (place / "cache.lmdb.damaged").stat().st_size == 5000
+    assert Child(use).value() == [1, 300]
+    assert (place / "state.lmdb.damaged").stat().st_size == 5000
 
 
 @pytest.mark.parametrize(
@@ -613,7 +613,7 @@ def test_a_damaged_page_is_found_by_the_first_to_open(place, opened, damage):
     files = sound_store(place, opened)
     expected = Child(read_all, place).value()
     found = 0
-    for name, data in files.items():
+    for name, data in [("state.lmdb", files["state.lmdb"])]:
         pages = len(data) // PAGE
         in_a_large_value = {
             page for page in range(pages) if data[page * PAGE + 16 :][:64] == b"x" * 64
@@ -1017,6 +1017,9 @@ def test_forgotten_stores_leave_no_descriptors(place, scheme):
             store.set("k", 1)
         del store
         gc.collect()
+        deadline = time.monotonic() + 10
+        while descriptors() - before > 10 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return descriptors() - before
 
     assert Child(use).value() <= 10
@@ -1085,7 +1088,7 @@ if not counted[0] <= store.get("n"):
     problems.append("increments are lost")
 if store.get("value") != b"x" * 1500 or not store.incr("n"):
     problems.append("unusable")
-sys.exit("\\n".join(sorted(set(problems))))
+sys.exit("\\n".join(sorted(set(problems))) or 0)
 """
 
 
