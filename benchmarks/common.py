@@ -100,7 +100,7 @@ def process(command: list[str], log: Path, **options: Any):
 
 @contextlib.contextmanager
 def redis_server():
-    """Run a Redis (or Valkey) on a unix socket, keeping nothing on disk; yields its socket."""
+    """Run a Redis or Valkey on a unix socket, keeping nothing on disk; yields it and the socket."""
     binary = shutil.which("redis-server") or shutil.which("valkey-server") or _bundled_valkey()
     with tempfile.TemporaryDirectory(prefix="hb-bench-") as name:
         directory = Path(name)
@@ -112,7 +112,7 @@ def redis_server():
         ]
         with process(command, directory / "log") as child:
             poll(socket.exists, f"{binary} listens", child)
-            yield socket
+            yield child, socket
 
 
 def _bundled_valkey() -> str:

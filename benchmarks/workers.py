@@ -48,7 +48,7 @@ def main() -> None:
     options.add_argument(
         "--keep-alive",
         action="store_true",
-        help="keep connections; the worker that wakes first may accept them all, for the whole turn",
+        help="keep connections: one worker may then accept them all, for the whole turn",
     )
     options.add_argument(
         "--others",

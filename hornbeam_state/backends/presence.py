@@ -36,13 +36,14 @@ class Presence:
         self._descriptor = os.open(directory / "users", flags, 0o600)
         try:
             self.alone = lock_range(self._descriptor, fcntl.F_WRLCK)
-            check_namespace(directory, alone=self.alone)
             if self.alone:
+                check_namespace(directory, alone=True)
                 _check_files_alone(directory)
             else:
+                self._share()  # first, since one that is alone is still writing its notes
+                check_namespace(directory, alone=False)
                 check_data_file(directory / "state.lmdb", alone=False)
                 check_data_file(directory / "cache.lmdb", alone=False)
-                self._share()
         except BaseException:
             self.end()
             raise

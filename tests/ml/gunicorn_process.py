@@ -139,6 +139,10 @@ class Gunicorn:
         """Send one request over a connection of its own."""
         return httpx.get(self.url + path, timeout=timeout)
 
+    def client(self, timeout: float = 20.0) -> httpx.Client:
+        """Return a client that keeps its connections."""
+        return httpx.Client(base_url=self.url, timeout=timeout)
+
     def try_get(self, path: str = "/", timeout: float = 20.0) -> str:
         """Return the body of an answer, or nothing when the connection broke."""
         try:
