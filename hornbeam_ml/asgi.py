@@ -24,6 +24,7 @@ Interface = Literal["wsgi", "asgi2", "asgi3"]
 OVERRIDE: Final = "HORNBEAM_INTERFACE"
 _BY_ARGUMENTS: Final[dict[int, Interface]] = {1: "asgi2", 2: "wsgi", 3: "asgi3"}
 _POLL_S: Final = 0.05
+_QUICK_SHUTDOWN_S: Final = 0.5  # of the second that the worker leaves itself
 
 
 def wanted_interface(environ: Mapping[str, str]) -> str:
@@ -192,6 +193,9 @@ class _Server(Server):
         """Stop accepting, let requests in flight finish, then end the app's lifespan."""
         self._worker.expect_silence(self._worker.cfg.graceful_timeout)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would cut the app's lifespan off with a traceback
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), _QUICK_SHUTDOWN_S)
 
 
 class _Lifespan:

@@ -50,6 +50,9 @@ _LOADS: Final = frozenset(
 )
 
 
+_PACKAGE_FOLDERS: Final = frozenset(("site-packages", "dist-packages"))
+
+
 @dataclass(frozen=True, slots=True)
 class Code:
     """The facts about one code object and those nested in it.
@@ -147,7 +150,10 @@ _LIBRARY_FOLDERS: Final = (
 @lru_cache(maxsize=4096)
 def is_library_file(filename: str) -> bool:
     """Return whether a source file belongs to Python or to an installed distribution."""
-    return filename.startswith(("<frozen", *_LIBRARY_FOLDERS))
+    if filename.startswith(("<frozen", *_LIBRARY_FOLDERS)):
+        return True
+    # Those of another environment, of the user, or of the system, that sys.path may reach too.
+    return not _PACKAGE_FOLDERS.isdisjoint(Path(filename).parts)
 
 
 def library_version(module: str) -> str:

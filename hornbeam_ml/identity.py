@@ -20,6 +20,7 @@ import queue
 import sys
 import threading
 import types
+import warnings
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -111,6 +112,17 @@ def describe_callable(function: Callable[..., Any]) -> Description:
     walk = _Walk()
     root = walk.captured(function, frozenset(("__call__",)))
     return (root, walk.parts)
+
+
+def read_models() -> None:
+    """Read the registered models now, so that the first cached call need not.
+
+    A model's weights are digested once, which takes as long as reading them.
+    """
+    for model in registered_models().values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody has used it in a cached call yet
+            _Walk().captured(model, frozenset(("__call__",)))
 
 
 class _TooMuch(Exception):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
-from hornbeam_ml import asgi, models, threads
+from hornbeam_ml import asgi, identity, models, threads
 from hornbeam_state.config import REDIS_SCHEMES
 from hornbeam_state.default import default_store
 from hornbeam_state.errors import HornbeamError, StoreUnavailable
@@ -99,6 +99,7 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
         def load() -> None:
             try:
                 models.load_all()
+                identity.read_models()
             except BaseException as error:  # noqa: BLE001 - `check_boot` reports it
                 loading.set_exception(error)
             else:

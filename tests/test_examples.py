@@ -246,6 +246,7 @@ def test_after_a_restart_everything_is_still_cached(service):
     code, seconds = service.stop(signal.SIGINT)
     assert code == 0
     assert seconds < STOP_S
+    assert "Traceback" not in service.server.log
 
 
 # Without a store

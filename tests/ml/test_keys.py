@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from hornbeam_ml import identity, register_fingerprint, register_model
+from hornbeam_ml.bytecode import is_library_file
 from hornbeam_ml.keys import call_key
 from hornbeam_ml.process_identity import ProcessIdentities
 from hornbeam_state import CodecError
@@ -403,6 +405,7 @@ def test_something_that_is_not_callable_is_refused():
 KEYS_OF_A_PROGRAM = """
 import math, sys, threading
 import numpy as np
+from hornbeam_ml.bytecode import is_library_file
 from hornbeam_ml.keys import call_key
 
 WORDS = {"alpha", "beta", "gamma"}
@@ -438,3 +441,17 @@ def test_keys_agree_between_processes_whatever_the_hash_seed(tmp_path):
         for seed in ("0", "1", "12345", "random")
     }
     assert len(seen) == 1
+
+
+def test_libraries_are_known_wherever_they_are_installed():
+    """Also those of the system, the user or another environment on the path."""
+    for file in (
+        "/usr/lib/python3/dist-packages/x.py",
+        "/home/a/.local/lib/python3.11/site-packages/x/y.py",
+        math.__spec__.origin if math.__spec__.origin != "built-in" else "<frozen x>",
+        json.__file__,
+        identity.__file__,
+    ):
+        assert is_library_file(file)
+    assert not is_library_file("/srv/app/models.py")
+    assert not is_library_file(__file__)
