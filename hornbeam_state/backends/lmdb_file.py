@@ -111,10 +111,6 @@ class LmdbFile:
         if self._writes % _CHECK_READERS_EVERY == 0:
             self.environment.reader_check()
 
-    def adopt_map_size(self) -> None:
-        """Map as much as another process, which has a larger limit, has made of the file."""
-        self.environment.set_mapsize(0)
-
     def close(self) -> None:
         """Close the environment, once no thread is writing.
 
