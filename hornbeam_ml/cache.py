@@ -64,6 +64,7 @@ class _Call:
     key: str
     prefix: str
     ttl: float | None
+    key_now: Callable[[], str]
 
 
 class Cache:
@@ -129,7 +130,10 @@ class Cache:
                     return self._counted(call, "coalesced", decode(found))
                 result = compute()
                 outcome = self._encoded(call, result)
-                self._keep(call, outcome)
+                if call.key_now() == call.key:
+                    self._keep(call, outcome)
+                else:  # what computes has changed meanwhile: nobody knows which of the two did
+                    self.count(call.prefix, "misses")
                 return result
         except Exception as error:
             outcome = error
@@ -151,7 +155,10 @@ class Cache:
                     return self._counted(call, "coalesced", decode(found))
                 result = await compute()
                 outcome = self._encoded(call, result)
-                await self._akeep(call, outcome)
+                if call.key_now() == call.key:
+                    await self._akeep(call, outcome)
+                else:
+                    self.count(call.prefix, "misses")
                 return result
         except Exception as error:
             outcome = error
@@ -350,8 +357,12 @@ def cached_inference(
     Example:
         >>> cached_inference(model.encode, "the cat sat on the mat")  # doctest: +SKIP
     """
-    key = call_key(fn, input, prefix=cache_prefix, cache_key=cache_key, version=version)
-    call = _Call(key=key, prefix=cache_prefix, ttl=check_ttl(ttl))
+
+    def key_now() -> str:
+        return call_key(fn, input, prefix=cache_prefix, cache_key=cache_key, version=version)
+
+    key = key_now()
+    call = _Call(key=key, prefix=cache_prefix, ttl=check_ttl(ttl), key_now=key_now)
     result: T = _default_cache().run(call, lambda: fn(input))
     return result
 
@@ -369,8 +380,12 @@ async def acached_inference(
 
     A computation in a thread goes on when its caller is cancelled, and its result is kept.
     """
-    key = call_key(fn, input, prefix=cache_prefix, cache_key=cache_key, version=version)
-    call = _Call(key=key, prefix=cache_prefix, ttl=check_ttl(ttl))
+
+    def key_now() -> str:
+        return call_key(fn, input, prefix=cache_prefix, cache_key=cache_key, version=version)
+
+    key = key_now()
+    call = _Call(key=key, prefix=cache_prefix, ttl=check_ttl(ttl), key_now=key_now)
     is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None)  # noqa: B004 - it is inspected, not tested for
     )

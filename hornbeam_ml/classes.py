@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +23,14 @@ _BEHAVIOUR: Final = (
     staticmethod,
     classmethod,
 )
-_LIFE: Final = frozenset(("__init__", "__new__", "__del__", "__post_init__", "__setstate__"))
+_LIFE: Final = frozenset(
+    f"__{name}__"
+    for name in (
+        *("init", "new", "del", "post_init", "setstate", "enter", "exit", "aenter", "aexit"),
+        *("setitem", "delitem", "setattr", "delattr", "set", "delete"),
+        *("iadd", "isub", "imul", "ior", "iand"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,36 +40,55 @@ class Reached:
     Attributes:
         methods: The methods that may run.
         names: The names that these mention.
-        changed: The attributes that these assign to or change in place.
+        uses: The names of which these take attributes, with them.
+        changed: The attributes that methods which surely run count with or change in place.
     """
 
     methods: frozenset[str]
     names: frozenset[str]
+    uses: frozenset[tuple[str, str]]
     changed: frozenset[str]
 
 
 @functools.lru_cache(maxsize=4096)
-def reach(class_: type, names: frozenset[str]) -> Reached:
-    """Return what code that mentions `names` may run of a class.
+def reach(class_: type, names: frozenset[str], called: frozenset[str]) -> Reached:
+    """Return what code may run of a class.
 
     Operators run methods that no code mentions, so the special ones always count, but for those
-    that make and end the object.
+    that make, change and end the object.
+
+    Args:
+        class_: The class.
+        names: The names the code mentions, of whatever object.
+        called: The attributes that it takes of an object of this class.
     """
     functions = methods_of_all(class_)
     special = {name for name in functions if name.startswith("__")} - _LIFE
-    waiting = [name for name in functions if name in names or name in special]
-    methods: set[str] = set()
-    mentioned: set[str] = set()
-    changed: set[str] = set()
+    methods = _closure(functions, special | (names & functions.keys()), own_only=False)
+    codes = [read_code(functions[name].__code__) for name in methods]
+    certain = _closure(functions, special | (called & functions.keys()), own_only=True)
+    changed = [read_code(functions[name].__code__).changed_attributes for name in certain]
+    return Reached(
+        frozenset(methods),
+        frozenset().union(*(code.names for code in codes)),
+        frozenset().union(*(code.uses for code in codes)),
+        frozenset().union(*changed),
+    )
+
+
+def _closure(
+    functions: dict[str, types.FunctionType], start: set[str], *, own_only: bool
+) -> set[str]:
+    """Return the methods reached from some: those mentioned, or only those taken of ``self``."""
+    waiting, reached = list(start), set[str]()
     while waiting:
         name = waiting.pop()
-        if name not in methods:
-            methods.add(name)
+        if name not in reached:
+            reached.add(name)
             code = read_code(functions[name].__code__)
-            mentioned |= code.names
-            changed |= code.changed
-            waiting.extend(code.names & functions.keys())
-    return Reached(frozenset(methods), frozenset(mentioned), frozenset(changed))
+            mentioned = {used for owner, used in code.uses if owner == code.first}
+            waiting.extend((mentioned if own_only else code.names) & functions.keys())
+    return reached
 
 
 def methods_of(class_: type) -> dict[str, types.FunctionType]:
@@ -107,6 +134,8 @@ def is_pure_python(class_: type) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_library_class(class_: type) -> bool:
     """Return whether a class belongs to Python or to an installed distribution."""
+    if class_.__module__.partition(".")[0] in sys.stdlib_module_names:
+        return class_.__module__ != "__main__"
     if not class_.__flags__ & _HEAP_TYPE:
         return True
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SEPARATOR: Final = "\x1f"
-_LONGEST_PREFIX: Final = 256
+_LONGEST_PREFIX: Final = 240
 
 
 def call_key(
@@ -56,8 +56,8 @@ def prefix_of_keys(prefix: str) -> str:
     """
     if not isinstance(prefix, str):
         raise TypeError(f"cache_prefix is a str, not {type(prefix).__qualname__}")
-    if not prefix or len(prefix) > _LONGEST_PREFIX or _SEPARATOR in prefix:
+    if not 0 < len(prefix.encode()) <= _LONGEST_PREFIX or _SEPARATOR in prefix:
         raise ValueError(
-            f"cache_prefix has 1 to {_LONGEST_PREFIX} characters and no unit separator (\\x1f)"
+            f"cache_prefix has 1 to {_LONGEST_PREFIX} bytes of UTF-8 and no unit separator (\\x1f)"
         )
     return prefix + _SEPARATOR

@@ -31,7 +31,7 @@ _MAGIC: Final = b"HBSLOT01"
 _HEADER: Final = struct.Struct("8sQ")
 _BLOCK: Final = struct.Struct("II")
 _CELL: Final = struct.Struct("q")  # native: written by one store instruction, never torn
-_SLOT_BYTES: Final = 128 * 1024
+_SLOT_BYTES: Final = 512 * 1024
 _MOST_SLOTS: Final = 4096
 _LONGEST_NAME: Final = 256
 

@@ -54,9 +54,9 @@ class ProcessIdentities:
             return
         self._warned.add(name)
         warnings.warn(
-            f"results of cached calls that use a {name} are shared within this process only, since "
-            f"its content cannot be read; register_fingerprint() can tell what identifies it, or "
-            f"pass cache_key= to cached_inference",
+            f"results of cached calls that use a {name} are shared within this process only, and "
+            f"changes of it are not noticed, since its content cannot be read. Say what identifies "
+            f"it with register_fingerprint(), or pass cache_key= to cached_inference",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,8 +1,8 @@
 """What a torch module is: a digest of its weights and structure, and the settings it has now.
 
 Never its name: models are retrained in place under one name. The weights in memory are read, once
-per module and again after any of its tensors was written to. torch is not imported here; whoever
-holds a module has done so.
+per module and again after it was changed, as far as that can be seen. torch is not imported here;
+whoever holds a module has done so.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Final
 
-from hornbeam_ml.bytecode import is_library_file, library_version
+from hornbeam_ml.bytecode import is_library_file, library_version, read_code
 
 _SETTINGS: Final = ("max_seq_length", "prompts", "default_prompt_name", "truncate_dim")
+_PLAIN: Final = (bool, int, float, str, tuple, type(None))
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_WINDOW: Final = 64
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -34,11 +37,16 @@ def is_torch_module(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    tensors: list[Any]
     stamp: list[Any]
     digest: bytes
     numeric_class: tuple[str, ...]
+    samples: list[memoryview]
+    sampled: list[bytes]
     own_parts: list[weakref.ref[Any]]
+
+    def is_current(self, stamp: list[Any]) -> bool:
+        """Return whether nothing has changed since the weights were read, as far as is seen."""
+        return stamp == self.stamp and self.sampled == [bytes(one) for one in self.samples]
 
 
 class TorchModules:
@@ -69,10 +77,10 @@ class TorchModules:
 
     def _lookup(self, module: Any) -> _Known:
         known = self._known.get(module)
-        if known is None or known.stamp != _stamp(known.tensors):
+        if known is None or not known.is_current(_stamp(module)):
             with self._lock:  # one thread reads the weights, the others wait for its result
                 known = self._known.get(module)
-                if known is None or known.stamp != _stamp(known.tensors):
+                if known is None or not known.is_current(_stamp(module)):
                     known = self._known[module] = _read(module)
         return known
 
@@ -84,26 +92,58 @@ def own_attributes(part: Any) -> dict[str, Any]:
 
 
 def _read(module: Any) -> _Known:
-    state = module.state_dict(keep_vars=True)
-    tensors = [*module.parameters(), *module.buffers()]
-    stamp = _stamp(tensors)  # before reading: a write meanwhile is seen the next time
+    stamp = _stamp(module)  # before reading: a change meanwhile is seen the next time
     digest = hashlib.blake2b(digest_size=32)
-    for name, value in sorted(state.items()):
+    for name, value in sorted(module.state_dict(keep_vars=True).items()):
         digest.update(name.encode() + b"\0")
         _update_with_tensor(digest, value)
     digest.update(json.dumps(_structure(module), sort_keys=True, default=str).encode())
     digest.update(_tokenizer(module))
     own = [weakref.ref(part) for part in module.modules() if _is_own(type(part))]
-    return _Known(tensors, stamp, digest.digest(), _numeric_class(module, tensors), own)
+    tensors = [*module.parameters(), *module.buffers()]
+    samples = [_window(one) for one in tensors if one.device.type == "cpu" and one.numel()]
+    sampled = [bytes(one) for one in samples]
+    numeric_class = _numeric_class(module, tensors)
+    return _Known(stamp, digest.digest(), numeric_class, samples, sampled, own)
 
 
-def _stamp(tensors: list[Any]) -> list[Any]:
-    """Return what changes when a tensor is written to or replaced: its version and address."""
-    addresses = [one.data_ptr() for one in tensors]
+def _stamp(module: Any) -> list[Any]:
+    """Return what changes when a module is changed: its parts, their settings, their tensors.
+
+    A tensor has a version, which torch counts up at every write that it knows of, and an address.
+    Writing through ``.data`` or numpy is no such write: for that a few bytes of each tensor are
+    compared besides, which shows an update of all weights, and not one of a single element.
+    """
+    stamp: list[Any] = []
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
+        state = part.__dict__
+        stamp += (id(part), id(state.get("forward")))
+        stamp.append([one for one in state.items() if type(one[1]) in _PLAIN])
+        stamp.append([len(state[name]) for name in _HOOKS if state.get(name)])
+        for tensor in (*state["_parameters"].values(), *state["_buffers"].values()):
+            if tensor is not None:
+                stamp += (id(tensor), _version(tensor), tensor.data_ptr())
+        waiting.extend(one for one in state["_modules"].values() if one is not None)
+    return stamp
+
+
+def _version(tensor: Any) -> int:
     try:
-        return [one._version for one in tensors] + addresses  # noqa: SLF001
+        return int(tensor._version)  # noqa: SLF001 - torch offers no other name
     except RuntimeError:  # tensors made in inference mode count no versions
-        return addresses
+        return -1
+
+
+def _window(tensor: Any) -> memoryview:
+    """Return a view of some bytes in the middle of a tensor's memory."""
+    torch = sys.modules["torch"]
+    flat = tensor.detach()
+    flat = flat.reshape(-1) if flat.is_contiguous() else flat.contiguous().reshape(-1)
+    data = memoryview(flat.view(torch.uint8).numpy())
+    middle = len(data) // 2
+    return data[middle : middle + _WINDOW] if len(data) > _WINDOW else data
 
 
 def _update_with_tensor(digest: Any, value: Any) -> None:
@@ -125,8 +165,20 @@ def _structure(module: Any) -> list[Any]:
         if isinstance(settings, dict):
             settings.pop("_name_or_path", None)
         extra = _ADDRESS.sub("", part.extra_repr())
-        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", extra, settings])
+        plain = sorted((key, repr(one)) for key, one in vars(part).items() if type(one) in _PLAIN)
+        plain = [one for one in plain if one[0] != "training"]
+        hooks = [_hook_name(one) for kind in _HOOKS for one in vars(part).get(kind, {}).values()]
+        if "forward" in vars(part):
+            hooks.append(_hook_name(vars(part)["forward"]))
+        class_name = f"{type(part).__module__}.{type(part).__qualname__}"
+        parts.append([name, class_name, extra, plain, hooks, settings])
     return parts
+
+
+def _hook_name(hook: Any) -> str:
+    """Describe a function that was put into a module, by its code."""
+    code = getattr(hook, "__code__", None)
+    return read_code(code).digest.hex() if code is not None else f"{type(hook)} {id(hook)}"
 
 
 def _tokenizer(module: Any) -> bytes:

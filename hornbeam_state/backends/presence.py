@@ -9,10 +9,15 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from hornbeam_state.backends.data_file import check_data_file
+from hornbeam_state.backends.data_file import check_data_file, damaged
 from hornbeam_state.backends.directory import check_namespace
 from hornbeam_state.backends.kernel_locks import lock_range
-from hornbeam_state.backends.snapshots import is_first_after_reboot, note_boot, recover
+from hornbeam_state.backends.snapshots import (
+    is_first_after_reboot,
+    note_boot,
+    recover,
+    was_opened_before,
+)
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -86,6 +91,8 @@ def _check_files_alone(directory: Path) -> None:
         cache.rename(cache.with_suffix(".lmdb.damaged"))
         _say_loudly(f"{error}; it was moved away, and the cache starts empty")
     try:
+        if was_opened_before(directory) and state.exists() and not state.stat().st_size:
+            raise damaged(state, "it is empty, and was not when the store was last open")
         check_data_file(state, alone=True, whatever_its_size=rebooted)
     except StoreUnavailable as error:
         if not rebooted:

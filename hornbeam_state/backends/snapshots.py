@@ -95,6 +95,11 @@ def is_first_after_reboot(directory: Path) -> bool:
         return False
 
 
+def was_opened_before(directory: Path) -> bool:
+    """Return whether the store's files were found sound before."""
+    return (directory / "boot").exists()
+
+
 def note_boot(directory: Path) -> None:
     """Note that the files were found sound in this run of the machine."""
     write_note(directory / "boot", _boot_id())

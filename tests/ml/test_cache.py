@@ -512,3 +512,23 @@ def test_a_fork_while_others_compute_leaves_the_child_free():
     child.join()
     gate.set()
     leader.join()
+
+
+@ways
+def test_a_result_is_not_kept_when_what_computes_changes_meanwhile(infer):
+    """Nobody knows whether the old one computed it or the new one."""
+    box = {"w": 1, "retrain": True}
+
+    def retrain():
+        box.update(w=2, retrain=False)
+
+    def fn(x):
+        if box["retrain"]:
+            retrain()
+        return box["w"]
+
+    assert infer(fn, 1) == 2
+    box.update(w=1, retrain=False)
+    assert infer(fn, 1) == 1
+    box.update(w=1, retrain=True)
+    assert infer(fn, 1) == 2

@@ -455,3 +455,86 @@ def test_libraries_are_known_wherever_they_are_installed():
         assert is_library_file(file)
     assert not is_library_file("/srv/app/models.py")
     assert not is_library_file(__file__)
+
+
+def test_a_model_that_is_loaded_at_the_first_call_counts():
+    """Assigning a global is no counting: what is assigned is read."""
+    source = "def f(x):\n global model\n if model is None: model = load()\n return model.factor"
+    f = make(source, model=None, load=lambda: Scaler(2))
+    f(1)
+    before = key(f)
+    f.__globals__["model"] = Scaler(3)
+    assert key(f) != before
+
+
+def test_names_that_only_look_alike_do_not_hide_each_other():
+    """An attribute that is set, or another object's method, hides no global and no attribute."""
+    f = make(
+        "def f(x):\n r = type('R', (), {})()\n r.scale = 0\n r.scale += scale\n return r.scale",
+        scale=2,
+    )
+    before = key(f)
+    f.__globals__["scale"] = 3
+    assert key(f) != before
+
+    source = """
+        class Pipe:
+            def __init__(self, steps): self.steps = list(steps)
+            def add(self, step): self.steps.append(step)
+            def __call__(self, x):
+                seen = set()
+                seen.add(1)
+                return self.steps
+    """
+    pipe = make(source, name="Pipe")
+    assert key(pipe([1])) != key(pipe([2]))
+
+
+def test_what_is_set_from_outside_counts():
+    """Methods that change an object hide nothing when the call does not run them."""
+    source = """
+        class M:
+            def __init__(self): self.w = {"q": 1}
+            def __setitem__(self, k, v): self.w[k] = v
+            def predict(self, x): return self.w[x]
+    """
+    model = make(source, name="M")()
+    before = key(model.predict)
+    model["q"] = 2
+    assert key(model.predict) != before
+
+
+def test_what_a_function_imports_counts(tmp_path, monkeypatch):
+    """An import inside of it is followed like one outside."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helper_of_app.py").write_text("SCALE = 2\ndef answer(t): return 'old'")
+    import helper_of_app
+
+    one = make("def f(x):\n from helper_of_app import answer\n return answer(x)")
+    other = make("def f(x):\n import helper_of_app\n return helper_of_app.SCALE")
+    before = key(one), key(other)
+    helper_of_app.SCALE = 3
+    assert key(one) == before[0]
+    assert key(other) != before[1]
+    helper_of_app.answer = make("def answer(t): return 'new'", name="answer")
+    assert key(one) != before[0]
+
+
+def test_a_registered_model_that_is_not_loaded_yet_is_loaded_for_its_key():
+    """A function is the same before and after its model is loaded, and another with another."""
+    f = make("from hornbeam_ml import get_model\ndef f(x): return get_model('late').factor")
+    register_model("late", lambda: Scaler(2))
+    before = key(f)
+    f(1)
+    assert key(f) == before
+    register_model("late", lambda: Scaler(3))
+    assert key(f) != before
+
+
+def test_attributes_of_functions_and_context_variables_count():
+    """What a function keeps on itself, or finds in a context, is no mere bookkeeping."""
+    f = make("def f(x): return f.scale * x")
+    f.scale = 2
+    before = key(f)
+    f.scale = 3
+    assert key(f) != before

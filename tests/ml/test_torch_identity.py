@@ -116,3 +116,33 @@ def test_settings_of_a_sentence_transformer_count(minilm):
     finally:
         minilm.max_seq_length = longest
     assert key(minilm.encode) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda m: m[0].weight.data.mul_(2), id="a write through .data"),
+        pytest.param(
+            lambda m: m[0].weight.detach().numpy().__imul__(2), id="a write through numpy"
+        ),
+        pytest.param(lambda m: m.__setitem__(2, torch.nn.Linear(3, 2)), id="a replaced part"),
+        pytest.param(
+            lambda m: setattr(m[2], "weight", torch.nn.Parameter(torch.ones(2, 3))),
+            id="a replaced parameter",
+        ),
+        pytest.param(lambda m: m.append(torch.nn.ReLU()), id="an added part"),
+        pytest.param(lambda m: setattr(m[3], "eps", 5.0), id="another setting of a part"),
+        pytest.param(
+            lambda m: m[0].register_forward_hook(lambda *a: a[2] * 2), id="a forward hook"
+        ),
+        pytest.param(lambda m: setattr(m, "forward", lambda x: x * 3), id="another forward"),
+    ],
+)
+def test_every_change_of_a_model_makes_it_another(change):
+    """Whatever way it is changed in."""
+    model = net(0).append(torch.nn.LayerNorm(2))
+    before = key(model)
+    assert key(model) == before
+    change(model)
+    assert key(model) != before
+    assert key(model) == key(model)
