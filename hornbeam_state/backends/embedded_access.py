@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 import lmdb
@@ -69,6 +70,7 @@ class Access:
         self._owner = owner
         self._space: Space = space
         self._bound: tuple[LmdbFiles, LmdbFile] | None = None
+        self._writing: tuple[int, tuple[LmdbFiles, LmdbFile]] | None = None
         self._db: Any = None
         self._begin: Callable[..., Any] = self._open_and_begin
 
@@ -87,6 +89,9 @@ class Access:
         """Return the store's files and this space's, opening them where needed."""
         bound = self._bound
         if bound is None:
+            writing = self._writing
+            if writing is not None and writing[0] == get_ident():
+                return writing[1]  # closed meanwhile: opening here would wait for ourselves
             files = self._owner.opened()
             file = files.file(self._space)
             bound = self._bound = files, file
@@ -141,7 +146,8 @@ class Access:
         A signal handler may raise anywhere in here, also between taking the guard and noting
         that it was taken.
         """
-        file = self._bind()[1]
+        bound = self._bind()
+        file = bound[1]
         release = file.guard.release
         taken: bool | None = None
         try:
@@ -151,6 +157,7 @@ class Access:
                     f"another process has been writing to the store in {self._owner.place} for "
                     f"{patience} s: it is stopped or starved of CPU. Nothing was written"
                 )
+            self._writing = get_ident(), bound
             file.blobs.doomed.clear()  # what an undone transaction wanted removed stays
             with self._begin(self._db, None, True) as txn:
                 result = body(txn, *args)
@@ -163,6 +170,7 @@ class Access:
             return result
         finally:
             if taken is not False:
+                self._writing = None
                 release()
 
     def _translated(self, error: lmdb.Error) -> StoreError:
