@@ -33,7 +33,7 @@ test: $(VENV)/dev.stamp ## run the tests, without the long ones
 	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
 
 test-long: $(VENV)/dev.stamp ## run the long tests
-	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/pytest -m slow $(PYTEST_ARGS) || test $$? = 5 # 5: there are none yet
 
 check: $(VENV)/dev.stamp ## lint, check formatting, types and the architecture
 	$(BIN)/ruff check .

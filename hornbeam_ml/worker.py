@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -125,6 +126,9 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
         """End the boot: everything is loaded, and the next thing is to accept connections."""
         self._watch.stop()
         self._limit_threads()
+        # What was loaded stays: the collector need not look through it at every full collection.
+        gc.collect()
+        gc.freeze()
         served = f"WSGI, {self.cfg.threads} request threads" if self.server is None else "ASGI"
         self.log.info("Ready: %s, compute threads: %d", served, self.budget)
 
