@@ -1,7 +1,7 @@
 """State shared by every worker of an app, and by every machine.
 
-Values, counters, expiry, compare-and-set, prefix listing and locks on an embedded store, or on
-Redis or Valkey when there is more than one machine::
+Values, counters, expiry, compare-and-set, prefix listing, locks and messages, on an embedded store
+or, when there is more than one machine, on Redis or Valkey::
 
     from hornbeam_state import state_get, state_incr, state_set
 
@@ -15,6 +15,7 @@ Every function that waits on something has an awaitable twin with an ``a`` in fr
 from hornbeam_state.codec import register_codec
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.default import (
+    apublish,
     astate_add,
     astate_cas,
     astate_clear,
@@ -28,8 +29,10 @@ from hornbeam_state.default import (
     astate_set_multi,
     astate_ttl,
     astate_update,
+    asubscribe,
     default_store,
     lock,
+    publish,
     set_default_store,
     state_add,
     state_cas,
@@ -44,6 +47,7 @@ from hornbeam_state.default import (
     state_set_multi,
     state_ttl,
     state_update,
+    subscribe,
 )
 from hornbeam_state.errors import (
     MISSING,
@@ -66,6 +70,7 @@ from hornbeam_state.errors import (
     WrongType,
 )
 from hornbeam_state.locks import Lock
+from hornbeam_state.pubsub import Message, Subscription
 from hornbeam_state.store import Store, open_store
 
 __all__ = [
@@ -79,6 +84,7 @@ __all__ = [
     "LockLost",
     "LockTimeout",
     "MISSING",
+    "Message",
     "NodeDown",
     "NotExposed",
     "Overloaded",
@@ -89,7 +95,9 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreUnavailable",
+    "Subscription",
     "WrongType",
+    "apublish",
     "astate_add",
     "astate_cas",
     "astate_clear",
@@ -103,9 +111,11 @@ __all__ = [
     "astate_set_multi",
     "astate_ttl",
     "astate_update",
+    "asubscribe",
     "default_store",
     "lock",
     "open_store",
+    "publish",
     "register_codec",
     "set_default_store",
     "state_add",
@@ -121,4 +131,5 @@ __all__ = [
     "state_set_multi",
     "state_ttl",
     "state_update",
+    "subscribe",
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from hornbeam_state.locks import Lock
+    from hornbeam_state.pubsub import Subscription
 
 _default: Store | None = None
 _default_lock = threading.Lock()
@@ -201,3 +202,32 @@ def lock(name: str, *, ttl: float = 30.0, timeout: float | None = None) -> Lock:
         LockLost: on leaving: it expired while it was held (Redis only).
     """
     return default_store().lock(name, ttl=ttl, timeout=timeout)
+
+
+def publish(topic: str, message: Any) -> int:
+    """Hand a message to everyone who is subscribed to the topic, in any worker on any machine.
+
+    Returns:
+        The number of subscriptions it was handed to.
+    """
+    return default_store().publish(topic, message)
+
+
+async def apublish(topic: str, message: Any) -> int:
+    """Awaitable twin of `publish`."""
+    return await default_store().apublish(topic, message)
+
+
+def subscribe(*topics: str, maxsize: int = 1000) -> Subscription:
+    """Receive what is published on the topics from now on: a context manager and an iterator.
+
+    Args:
+        *topics: One or more; one that ends in ``*`` stands for all that begin with the rest.
+        maxsize: How many messages may wait before the oldest are dropped, and counted.
+    """
+    return default_store().subscribe(*topics, maxsize=maxsize)
+
+
+def asubscribe(*topics: str, maxsize: int = 1000) -> Subscription:
+    """Awaitable twin of `subscribe`, for ``async with``, ``async for`` or ``await``."""
+    return default_store().asubscribe(*topics, maxsize=maxsize)

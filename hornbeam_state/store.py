@@ -10,6 +10,7 @@ from hornbeam_state.codec import canonical, decode, encode
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import MISSING, KeyTooLong
 from hornbeam_state.locks import Lock
+from hornbeam_state.pubsub import Subscription, make_topics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +33,7 @@ def open_store(url: str, **options: Any) -> Store:
 
 
 class Store:
-    """Values, counters and locks under string keys.
+    """Values, counters and locks under string keys, and messages on topics.
 
     Every operation is atomic over all threads, processes and machines that share the store, and
     may be called from any of them. An expired key is an absent key. Each method has an awaitable
@@ -59,6 +60,7 @@ class Store:
         self.config = config
         self.backend = backend if backend is not None else make_backend(config)
         self._space: Space = space
+        self._prefix = space.encode() + b":"  # of locks and topics
         self._keyspace: Keyspace = self.backend.keyspace(space)
 
     def space(self, space: Space) -> Store:
@@ -268,8 +270,45 @@ class Store:
 
     def lock(self, name: str, *, ttl: float = 30.0, timeout: float | None = None) -> Lock:
         """Return a lock to use in a `with` or `async with` statement; see `Lock`."""
-        place = self._space.encode() + b":" + _key(name)
-        return Lock(self.backend, place, ttl=ttl, timeout=timeout)
+        return Lock(self.backend, self._prefix + _key(name), ttl=ttl, timeout=timeout)
+
+    # Messages.
+
+    def publish(self, topic: str, message: Any) -> int:
+        """Hand a message to everyone who is subscribed to the topic, in any process.
+
+        Args:
+            topic: As a key: 1 to 4,096 bytes of UTF-8.
+            message: A value of any type the codec knows.
+
+        Returns:
+            The number of subscriptions it was handed to.
+        """
+        return self.backend.publish(self._prefix + _key(topic), encode(message))
+
+    async def apublish(self, topic: str, message: Any) -> int:
+        """Awaitable twin of `publish`."""
+        return await self.backend.apublish(self._prefix + _key(topic), encode(message))
+
+    def subscribe(self, *topics: str, maxsize: int = 1000) -> Subscription:
+        """Receive what is published on the topics from now on; see `Subscription`.
+
+        Args:
+            *topics: One or more; one that ends in ``*`` stands for all that begin with the rest.
+            maxsize: How many messages may wait before the oldest are dropped.
+        """
+        return self.asubscribe(*topics, maxsize=maxsize).open()
+
+    def asubscribe(self, *topics: str, maxsize: int = 1000) -> Subscription:
+        """Return a subscription that begins when it is awaited, entered or iterated over."""
+        if not topics:
+            raise TypeError("subscribe to one topic at least")
+        if isinstance(maxsize, bool) or not isinstance(maxsize, int):
+            raise TypeError(f"maxsize is an int, not {type(maxsize).__qualname__}")
+        if maxsize < 1:
+            raise ValueError(f"maxsize={maxsize}: give 1 or more")
+        asked = make_topics(self._prefix, map(_key, topics))
+        return Subscription(self.backend, self._prefix, asked, maxsize)
 
 
 def make_backend(config: StoreConfig) -> Backend:

@@ -1,9 +1,9 @@
 """The contract between the store and what it is kept in: bytes in, bytes out.
 
 A `Backend` is one connection to a store. It hands out `Keyspace`s (disjoint sets of
-keys) and locks. Values are the bytes that `hornbeam_state.codec` makes, with one rule that both
-sides rely on: a value that is a plain ASCII decimal of a signed 64-bit integer is a counter, and
-no other value starts with an ASCII digit or ``-``.
+keys) and locks, and passes messages on. Values are the bytes that `hornbeam_state.codec` makes,
+with one rule that both sides rely on: a value that is a plain ASCII decimal of a signed 64-bit
+integer is a counter, and no other value starts with an ASCII digit or ``-``.
 
 Every operation is atomic over all threads, processes and machines that share the store, and has
 an awaitable twin of the same meaning (``get`` and ``aget``) that never blocks the event loop for
@@ -17,7 +17,7 @@ absent for every operation, from the moment it expires.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,6 +56,66 @@ class HeldLock(Protocol):
 
     async def arelease(self) -> bool:
         """Awaitable twin of `release`."""
+        ...
+
+
+class Topics(NamedTuple):
+    """What a subscription asks for. No name or prefix is covered by another prefix of it.
+
+    Attributes:
+        names: Topics as they are.
+        prefixes: What topics may begin with.
+    """
+
+    names: tuple[bytes, ...]
+    prefixes: tuple[bytes, ...]
+
+    def match(self, topic: bytes) -> bool:
+        """Return whether a message on `topic` is for this subscription."""
+        return topic in self.names or topic.startswith(self.prefixes)
+
+
+INBOX_BYTES = 64 * 1024 * 1024
+"""Most bytes of payload that wait in an `Inbox`; one message may be larger."""
+
+
+class Inbox(Protocol):
+    """The messages that wait for one subscription: at most so many, and `INBOX_BYTES`.
+
+    One that arrives when it is full takes the place of the oldest. It belongs to the process
+    that subscribed, where any thread may use it. Messages of one publisher come in the order in
+    which it published them.
+    """
+
+    @property
+    def dropped(self) -> int:
+        """How many messages gave way to later ones."""
+        ...
+
+    @property
+    def gaps(self) -> int:
+        """How often the connection was lost, and with it whatever was published meanwhile."""
+        ...
+
+    def take(self) -> tuple[bytes, bytes] | None:
+        """Remove and return the oldest message (topic, payload), or None; never waits.
+
+        Raises:
+            StoreUnavailable: the store has been out of reach for longer than a call would wait.
+                Raised once for each such time; the inbox goes on by itself when it can.
+        """
+        ...
+
+    def fileno(self) -> int:
+        """Return a descriptor to wait on: readable from when there is something to take.
+
+        It stays readable until `take` has returned None, and for good once the inbox is closed;
+        it is valid for as long as the inbox exists.
+        """
+        ...
+
+    def close(self) -> None:
+        """Unsubscribe; nothing can be taken any more. Idempotent."""
         ...
 
 
@@ -187,8 +247,27 @@ class Backend(Protocol):
         """Awaitable twin of `try_lock`."""
         ...
 
+    def publish(self, topic: bytes, payload: bytes) -> int:
+        """Hand a message to every subscription that matches; return how many there were.
+
+        `topic` is 1 to 4,200 bytes. Nothing is kept for those who subscribe later.
+        """
+        ...
+
+    async def apublish(self, topic: bytes, payload: bytes) -> int:
+        """Awaitable twin of `publish`."""
+        ...
+
+    def subscribe(self, topics: Topics, maxsize: int) -> Inbox:
+        """Collect from now on the messages on these topics, at most `maxsize` at a time."""
+        ...
+
+    async def asubscribe(self, topics: Topics, maxsize: int) -> Inbox:
+        """Awaitable twin of `subscribe`."""
+        ...
+
     def close(self) -> None:
-        """Release connections and files; a later call opens them again."""
+        """Release connections and files, and end subscriptions; a later call opens them again."""
         ...
 
     async def aclose(self) -> None:

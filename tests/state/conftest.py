@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from redis_servers import FakeServer, Server
 
-pytest.register_assert_rewrite("hornbeam_state.testing")
+pytest.register_assert_rewrite("hornbeam_state.contract")
 
 
 def _missing(what: str):
