@@ -7,7 +7,6 @@ that count at the same moment may lose a count, which does no harm to an estimat
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 from operator import itemgetter
@@ -16,7 +15,10 @@ from zlib import crc32
 
 import numpy as np
 
+from hornbeam_state.backends.mapped_file import map_file
+
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
     from pathlib import Path
 
@@ -72,9 +74,7 @@ class Sketch:
 def _shared_cells(path: Path) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # Allocated now: writing through the map to a hole of a full disk would be a SIGBUS.
-        os.posix_fallocate(descriptor, 0, _CELLS + 8)
-        return mmap.mmap(descriptor, _CELLS + 8)
+        return map_file(descriptor, _CELLS + 8)
     finally:
         os.close(descriptor)
 
