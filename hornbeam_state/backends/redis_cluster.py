@@ -91,7 +91,9 @@ class ClusterRoutes(Routes):
                 break
             if wait:
                 if time.monotonic() + pause >= deadline:
-                    raise self._rearranged(turn)
+                    turn.fail(turn.todo, self._rearranged(turn))
+                    turn.raise_failure()
+                    break
                 self._slots.doubt()
                 yield Pause(pause)
         return turn.replies
@@ -107,7 +109,7 @@ class ClusterRoutes(Routes):
         for part in parts:
             if part.address in spared:
                 pause = spared[part.address]
-                turn.fail(part, not_tried(self.named(part.address), pause))
+                turn.fail(part.indexes, not_tried(self.named(part.address), pause))
         turn.raise_failure()
         return [part for part in parts if part.address not in spared]
 
@@ -133,7 +135,7 @@ class ClusterRoutes(Routes):
             return self._read(turn, part, outcome)
         self.lost(part.address)
         if not isinstance(outcome, Interrupted):
-            turn.fail(part, refused(outcome, self.named(part.address)), outcome)
+            turn.fail(part.indexes, refused(outcome, self.named(part.address)), outcome)
         elif turn.may_repeat(part) and self._repeats(outcome, turn.batch, started):
             turn.repeat(part)
         else:
@@ -170,7 +172,7 @@ class ClusterRoutes(Routes):
         elif turn.is_begun:  # then it cannot be said any more that nothing was changed
             failure = Interrupted(Stage.WAITING, failure.error)
         where, write = self.named(part.address), not turn.batch.repeatable
-        turn.fail(part, unreachable(failure, where, self.timeout, write=write), failure)
+        turn.fail(part.indexes, unreachable(failure, where, self.timeout, write=write), failure)
 
     def _rearranged(self, turn: Turn) -> StoreError:
         answers = [turn.replies[index] for index in turn.todo]

@@ -9,6 +9,8 @@ from hornbeam_state.backends.redis_routes import Send
 from hornbeam_state.backends.redis_steps import Command
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hornbeam_state.backends.redis_steps import Batch
     from hornbeam_state.backends.redis_topology import Address, ClusterMap
     from hornbeam_state.errors import StoreError
@@ -109,9 +111,11 @@ class Turn:
         for index in part.indexes:
             self._asking.pop(index, None)
 
-    def fail(self, part: Part, error: StoreError, cause: Exception | None = None) -> None:
-        """Give up on a part; with it goes the whole batch, unless its commands are independent."""
-        for index in part.indexes:
+    def fail(
+        self, indexes: Iterable[int], error: StoreError, cause: Exception | None = None
+    ) -> None:
+        """Give up on commands; with them goes the batch, unless they are independent."""
+        for index in list(indexes):
             self.replies[index] = error
             del self.todo[index]
         if not self.batch.independent and self._failure is None:

@@ -102,8 +102,8 @@ def make_cluster(valkey_binary):
     """Return what starts a Cluster for one test, to be torn apart at will."""
     clusters: list[Cluster] = []
 
-    def make(**options) -> Cluster:
-        clusters.append(Cluster(valkey_binary, **options))
+    def make(*options: str, replicas: int = 0) -> Cluster:
+        clusters.append(Cluster(valkey_binary, *options, replicas=replicas))
         return clusters[-1].start()
 
     yield make
@@ -116,8 +116,8 @@ def make_watched(valkey_binary):
     """Return what starts a primary, a replica and sentinels for one test."""
     groups: list[Watched] = []
 
-    def make(*options: str) -> Watched:
-        groups.append(Watched(valkey_binary, *options))
+    def make(*, sentinels: int = 3) -> Watched:
+        groups.append(Watched(valkey_binary, sentinels=sentinels))
         return groups[-1].start()
 
     yield make
