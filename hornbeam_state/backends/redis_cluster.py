@@ -19,7 +19,15 @@ from hornbeam_state.backends.redis_errors import (
     refused,
     unreachable,
 )
-from hornbeam_state.backends.redis_routes import Outcome, Pause, Routes, Together, Work, pauses
+from hornbeam_state.backends.redis_routes import (
+    Outcome,
+    Pause,
+    Routes,
+    Together,
+    Work,
+    is_late,
+    pauses,
+)
 from hornbeam_state.backends.redis_slots import SlotTable
 from hornbeam_state.backends.redis_topology import Address, Ask, Moved, redirection
 from hornbeam_state.backends.redis_turn import Part, Turn
@@ -90,7 +98,7 @@ class ClusterRoutes(Routes):
             if not turn.todo:
                 break
             if wait:
-                if time.monotonic() + pause >= deadline:
+                if is_late(deadline, self.timeout):
                     turn.fail(turn.todo, self._rearranged(turn))
                     turn.raise_failure()
                     break

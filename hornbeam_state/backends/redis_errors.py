@@ -152,10 +152,13 @@ def rearranged(answer: object, where: str, timeout: float, *, write: bool) -> St
         timeout: Seconds that were waited at most.
         write: Whether a part of a write may have been done.
     """
-    said = f"a node says {answer}" if answer is not None else "no node serves some of its slots"
+    if isinstance(answer, driver.AskError | driver.TryAgainError):
+        reason = "a slot is on its way to another node"
+    else:
+        reason = "no node serves some of its slots"
     return StoreUnavailable(
-        f"{where} is failing over or being rearranged: {said}; try again when it is done "
-        f"(waited up to {timeout:g} s){_UNKNOWN if write else ''}"
+        f"{where}: {reason}, and {timeout:g} s were not enough for that to end: check it with "
+        f"CLUSTER INFO{_UNKNOWN if write else ''}"
     )
 
 

@@ -206,6 +206,11 @@ class Routes:
         return refused(error, self.where)
 
 
+def is_late(deadline: float, timeout: float) -> bool:
+    """Return whether too little time is left to wait and ask again: less than a tenth."""
+    return time.monotonic() > deadline - timeout / 10
+
+
 def pauses() -> Iterator[float]:
     """Yield how many seconds to wait before each further look: more and more, 0.05 at most."""
     pause = 0.001

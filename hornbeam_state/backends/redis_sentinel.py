@@ -23,6 +23,7 @@ from hornbeam_state.backends.redis_routes import (
     Routes,
     Send,
     Work,
+    is_late,
     pauses,
 )
 from hornbeam_state.backends.redis_topology import Address
@@ -101,7 +102,7 @@ class SentinelRoutes(Routes):
             elif not isinstance(outcome, _NO_PRIMARY):
                 raise self.refusal(outcome) from outcome
             self._demoted()
-            if time.monotonic() + pause >= deadline:
+            if is_late(deadline, self.timeout):
                 if isinstance(outcome, list):
                     return turn.replies
                 raise self.refusal(outcome) from outcome
