@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 
 MIB: Final = 1024 * 1024
 DEFAULT_DIRECTORY: Final = ".hornbeam"
-REDIS_SCHEMES: Final = ("redis", "rediss", "unix")
+SENTINEL_PORT: Final = 26379
+CLUSTER_PORT: Final = 6379
+_LIST_PORTS: Final = {  # of schemes that are followed by a list of hosts
+    "redis+sentinel": SENTINEL_PORT,
+    "rediss+sentinel": SENTINEL_PORT,
+    "redis+cluster": CLUSTER_PORT,
+    "rediss+cluster": CLUSTER_PORT,
+}
+REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *_LIST_PORTS)
 _EXAMPLES: Final = (
     "lmdb:///absolute/directory, redis://host:6379/0, rediss://host:6379/0, "
-    "unix:///path/to/redis.sock, memory://"
+    "unix:///path/to/redis.sock, redis+sentinel://host:26379,host:26379/service/0, "
+    "redis+cluster://host:6379,host:6379, memory://"
 )
 _OPTIONS: Final[dict[str, type]] = {
     "timeout": float,
@@ -39,9 +48,12 @@ class StoreConfig:
     """A validated description of one store.
 
     Attributes:
-        scheme: ``lmdb``, ``memory``, ``redis``, ``rediss`` or ``unix``.
+        scheme: ``lmdb``, ``memory``, ``redis``, ``rediss``, ``unix``, ``redis+sentinel``,
+            ``rediss+sentinel``, ``redis+cluster`` or ``rediss+cluster``.
         url: The URL without hornbeam's own options. It may hold a password, so it is left out
             of the representation; `safe_url` is for messages.
+        hosts: Names and ports of the sentinels, or of some nodes of the cluster.
+        service: What the sentinels call the primary and its replicas.
         path: Directory of an embedded store.
         fallback: Whether an unwritable `path` may be replaced by a temporary directory. True
             only for the default path, which nobody asked for by name.
@@ -61,6 +73,8 @@ class StoreConfig:
 
     scheme: str
     url: str = field(repr=False)
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
     path: Path | None = None
     fallback: bool = False
     timeout: float = 1.0
@@ -91,7 +105,7 @@ class StoreConfig:
     @property
     def safe_url(self) -> str:
         """The URL with ``***`` for whatever may be a secret, for messages."""
-        parts = urlsplit(self.url)
+        parts = _parts(self.url)
         login, at, address = parts.netloc.rpartition("@")
         user, colon, _ = login.partition(":")
         shown = f"{user}:***" if colon else "***" * bool(at)  # a lone word may be a password
@@ -168,12 +182,22 @@ def _split(url: str) -> SplitResult:
     if re.search(r"[\x00-\x1f\x7f]|%00", url):
         raise ConfigError("store URL: remove the control character, such as NUL or a line end")
     try:
-        return urlsplit(url)
+        return _parts(url)
     except ValueError:  # it quotes the URL, so it is not passed on
         raise ConfigError(
             "store URL: the host is malformed: write [ and ] only around an IPv6 address (in a "
             "password %5B and %5D), and no characters that stand for / ? # @ or :"
         ) from None
+
+
+def _parts(url: str) -> SplitResult:
+    """Take a URL apart, also one with a list of hosts, which `urlsplit` does not know."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in _LIST_PORTS:
+        return urlsplit(url)
+    place, _, query = rest.partition("?")
+    hosts, slash, path = place.partition("/")
+    return SplitResult(scheme, hosts, slash + path, query, "")
 
 
 def _options(query: str) -> list[tuple[str, str]]:
@@ -218,11 +242,19 @@ def _working_directory() -> Path:
 def _server(parts: SplitResult, query: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields that say where a server is."""
     _check_login(parts)
+    place: dict[str, Any] = {"url": _joined(parts._replace(query=urlencode(query)))}
     if parts.scheme == "unix":
         _check_socket(parts)
-    else:
+    elif parts.scheme not in _LIST_PORTS:
         _check_address(parts)
-    return {"url": _joined(parts._replace(query=urlencode(query)))}
+        _check_database(parts.path.strip("/"))
+    else:
+        place["hosts"] = _hosts(parts)
+        if parts.scheme.endswith("+sentinel"):
+            place["service"] = _service(parts)
+        else:
+            _check_cluster(parts, query)
+    return place
 
 
 def _check_login(parts: SplitResult) -> None:
@@ -254,10 +286,47 @@ def _check_address(parts: SplitResult) -> None:
         raise ConfigError(
             f"store URL names no host: write {parts.scheme}://host:6379/0, or [::1] for the host"
         )
-    database = parts.path.strip("/")
+
+
+def _check_database(database: str) -> None:
     if not re.fullmatch("[0-9]{0,9}", database):
         raise ConfigError(
             f"store URL: database {_shown(database)} is not a number that Redis takes; write .../0"
+        )
+
+
+def _hosts(parts: SplitResult) -> tuple[tuple[str, int], ...]:
+    """Return the names and ports of a list of hosts."""
+    login, at, hosts = parts.netloc.rpartition("@")
+    if "@" in login:
+        raise ConfigError(
+            "store URL: more than one @: write user and password once, before the first host, and "
+            "in a password %40 for @"
+        )
+    found = []
+    for host in hosts.split(","):
+        single = _split(f"redis://{login}{at}{host}")
+        _check_address(single._replace(scheme=parts.scheme))
+        found.append((unquote(single.hostname or ""), single.port or _LIST_PORTS[parts.scheme]))
+    return tuple(found)
+
+
+def _service(parts: SplitResult) -> str:
+    """Return the name of the service in ``/service`` or ``/service/0``."""
+    service, _, database = parts.path.strip("/").partition("/")
+    if not service:
+        raise ConfigError(
+            f"store URL names no service: write {parts.scheme}://host:26379,host:26379/service/0"
+        )
+    _check_database(database)
+    return unquote(service)
+
+
+def _check_cluster(parts: SplitResult, query: Mapping[str, str]) -> None:
+    database = query.get("db") or parts.path.strip("/")
+    if database.strip("0"):
+        raise ConfigError(
+            f"store URL: a cluster has no database {_shown(database)}: write 0 or nothing"
         )
 
 

@@ -1,7 +1,7 @@
-"""The store on a Redis or Valkey server, for any number of machines.
+"""The store on Redis or Valkey, for any number of machines.
 
-How it is laid out there: `redis_steps`. What happens when the server does not answer:
-`redis_link`.
+How it is laid out there: `redis_steps`. Which server is asked, and what happens when it does not
+answer: `redis_routes`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ from redis.exceptions import NoPermissionError, ResponseError
 from hornbeam_state.backends.base import SPACES, Space, Usage
 from hornbeam_state.backends.directory import runtime_directory
 from hornbeam_state.backends.redis_alink import AsyncLink
+from hornbeam_state.backends.redis_cluster import ClusterRoutes
+from hornbeam_state.backends.redis_connections import Connector
 from hornbeam_state.backends.redis_errors import may_have_happened
-from hornbeam_state.backends.redis_link import Link, Policy, connectors
+from hornbeam_state.backends.redis_link import Link
 from hornbeam_state.backends.redis_locks import Keeper, Lease, upkeep
-from hornbeam_state.backends.redis_steps import Batch, Command, Steps, space_steps
+from hornbeam_state.backends.redis_routes import Routes
+from hornbeam_state.backends.redis_sentinel import SentinelRoutes
+from hornbeam_state.backends.redis_steps import (
+    Batch,
+    Command,
+    OnEachPrimary,
+    Steps,
+    space_steps,
+)
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -34,7 +44,9 @@ _OLDEST: Final = {"redis": (6, 2), "valkey": (7, 2)}
 
 
 class RedisBackend:
-    """A `Backend` on one Redis (6.2 or newer) or Valkey (7.2 or newer) server.
+    """A `Backend` on Redis (6.2 or newer) or Valkey (7.2 or newer).
+
+    One server, one with replicas behind Sentinel, or a Cluster; see `redis_routes`.
 
     Connects at first use. May be used from any thread, from any event loop and, after a fork,
     from the child. A call takes no longer than ``config.timeout`` to fail; a read whose connection
@@ -42,7 +54,7 @@ class RedisBackend:
     failures in a row calls fail at once for a moment, until the server answers again.
 
     Args:
-        config: Where the server is; the scheme is ``redis``, ``rediss`` or ``unix``.
+        config: Where the server is, or the servers are; the scheme is one of `REDIS_SCHEMES`.
 
     Raises:
         ConfigError: the URL has an option that is not known.
@@ -50,11 +62,15 @@ class RedisBackend:
 
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
-        self._policy = Policy(config)
-        make, amake = connectors(config)
-        self._link = Link(self._policy, make)
-        self._alink = AsyncLink(self._policy, amake)
-        self._spaces = {space: RedisKeyspace(space, self._link, self._alink) for space in SPACES}
+        connector = Connector(config)
+        self._is_cluster = config.scheme.endswith("+cluster")
+        self._routes = _routes(config, connector)
+        self._link = Link(self._routes, connector)
+        self._alink = AsyncLink(self._routes, connector)
+        self._spaces = {
+            space: RedisKeyspace(space, self._link, self._alink, cluster=self._is_cluster)
+            for space in SPACES
+        }
         self._keeper = Keeper(self._maintain)
         after_fork = partial(_call_if_alive, weakref.WeakMethod(self._after_fork))
         os.register_at_fork(after_in_child=after_fork)
@@ -79,7 +95,7 @@ class RedisBackend:
             StoreUnavailable: the server cannot be reached, is too old, or is not one that can be
                 written to; the message says what to do.
         """
-        self._link.run(_check(self._policy.where))
+        self._link.run(_check(cluster=self._is_cluster))
 
     def try_lock(self, name: bytes, ttl: float) -> RedisLock | None:
         """Take the lock if it is free, without waiting; None when someone else holds it."""
@@ -126,7 +142,7 @@ class RedisBackend:
         return self._link.run(upkeep(leases))
 
     def _after_fork(self) -> None:
-        self._policy.after_fork()
+        self._routes.after_fork()
         self._link.after_fork()
         self._alink.after_fork()
         # The parent's locks are the parent's: a new keeper knows none of them.
@@ -170,13 +186,14 @@ class RedisLock:
 
 
 class RedisKeyspace:
-    """The keys and values of one `Space` on the server; see `Keyspace` for each method.
+    """The keys and values of one `Space`; see `Keyspace` for each method.
 
-    `get_many` reads all values from one moment, and `put_many` writes all or none.
+    `get_many` reads all values from one moment, and `put_many` writes all or none; on a Cluster
+    this holds for the keys of each bucket.
     """
 
-    def __init__(self, space: Space, link: Link, alink: AsyncLink) -> None:
-        self._steps = space_steps(space)
+    def __init__(self, space: Space, link: Link, alink: AsyncLink, *, cluster: bool) -> None:
+        self._steps = space_steps(space, cluster=cluster)
         self._run = link.run
         self._arun = alink.run
 
@@ -185,7 +202,7 @@ class RedisKeyspace:
         return self._run(self._steps.get(key))
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key in order, all from one moment."""
+        """Return the value of each key in order."""
         return self._run(self._steps.get_many(keys))
 
     def put(self, key: bytes, value: bytes, ttl: float | None = None) -> None:
@@ -193,7 +210,7 @@ class RedisKeyspace:
         self._run(self._steps.put(key, value, ttl))
 
     def put_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
-        """Store all items and replace their expiry; all or none."""
+        """Store all items and replace their expiry."""
         self._run(self._steps.put_many(items, ttl))
 
     def add(self, key: bytes, value: bytes, ttl: float | None = None) -> bool:
@@ -276,7 +293,19 @@ def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:
         call()
 
 
-def _check(where: str) -> Steps[None]:
+def _routes(config: StoreConfig, connector: Connector) -> Routes:
+    if config.scheme.endswith("+sentinel"):
+        return SentinelRoutes(config)
+    if config.scheme.endswith("+cluster"):
+        return ClusterRoutes(config)
+    return Routes(config, connector.address)
+
+
+def _check(*, cluster: bool) -> Steps[None]:
+    yield OnEachPrimary(lambda where: _check_primary(where, cluster=cluster))
+
+
+def _check_primary(where: str, *, cluster: bool) -> Steps[None]:
     """Refuse a server that the scripts would not work on."""
     # HELLO and not INFO: the latter is closed to ordinary users on many servers.
     commands = (Command((b"PING",)), Command((b"HELLO",)))
@@ -291,7 +320,9 @@ def _check(where: str) -> Steps[None]:
     server, version = (told.get(name, b"").decode() for name in (b"server", b"version"))
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST.get(server, (0,)):
         raise StoreUnavailable(f"{where} is {server} {version}: use Redis 6.2 or Valkey 7.2")
-    if told.get(b"mode") == b"cluster":
-        raise StoreUnavailable(f"{where} is a node of a Cluster: use a standalone server")
+    if told.get(b"mode") == b"cluster" and not cluster:
+        raise StoreUnavailable(
+            f"{where} is a node of a Cluster: use redis+cluster:// in the store URL"
+        )
     if told.get(b"role") in (b"replica", b"slave"):
         raise StoreUnavailable(f"{where} is a replica: give the address of the primary")

@@ -46,6 +46,13 @@ class Interrupted(Exception):
         self.error = error
 
 
+def explained(stage: Stage, error: Exception) -> Interrupted | driver.RedisError:
+    """Tell a server that could not be talked to from one that said no."""
+    # An asyncio connection wraps whatever a unix socket's greeting met.
+    root = error.__cause__ if isinstance(error.__cause__, driver.RedisError) else error
+    return root if isinstance(root, REFUSALS) else Interrupted(stage, root)
+
+
 _UNKNOWN: Final = "; the write may or may not have happened"
 _NOTHING_DONE: Final = "; nothing was changed"
 
@@ -73,19 +80,19 @@ _REPLIES: Final[tuple[tuple[type[Exception], str, str], ...]] = (
         "does not let this user do that: allow it all commands on the keys hb:* (ACL SETUSER)",
     ),
     (
-        driver.MovedError,
+        driver.AskError,
         "MOVED ",
-        "is a node of a Cluster: use a standalone server",
+        "is a node of a Cluster: use redis+cluster:// in the store URL",
     ),
     (
         driver.ClusterError,
         "CLUSTERDOWN ",
-        "is a node of a Cluster: use a standalone server",
+        "is a node of a Cluster: use redis+cluster:// in the store URL",
     ),
     (
         driver.ClusterCrossSlotError,
         "CROSSSLOT ",
-        "is a node of a Cluster: use a standalone server",
+        "is a node of a Cluster: use redis+cluster:// in the store URL",
     ),
 )
 
@@ -134,6 +141,25 @@ def unreachable(failure: Interrupted, where: str, timeout: float, *, write: bool
             f"{where} cannot be reached: check that the server runs there ({failure}){outcome}"
         )
     return StoreUnavailable(f"{where} ended the connection ({failure}){outcome}")
+
+
+def rearranged(answer: object, where: str, timeout: float, *, write: bool) -> StoreUnavailable:
+    """Say that a Cluster did not come to serve a slot within the time.
+
+    Args:
+        answer: What a node said last, or None when no node serves the slot at all.
+        where: What messages call the store.
+        timeout: Seconds that were waited at most.
+        write: Whether a part of a write may have been done.
+    """
+    if isinstance(answer, driver.AskError | driver.TryAgainError):
+        reason = "a slot is on its way to another node"
+    else:
+        reason = "no node serves some of its slots"
+    return StoreUnavailable(
+        f"{where}: {reason}, and {timeout:g} s were not enough for that to end: check it with "
+        f"CLUSTER INFO{_UNKNOWN if write else ''}"
+    )
 
 
 def not_tried(where: str, pause: float) -> StoreError:

@@ -1,269 +1,300 @@
-"""Connections to a Redis server: deadlines, retries, what a failure leads to.
+"""Blocking connections to the servers of a store, for any number of threads.
 
-They use redis-py's connections and its parsers, but neither its clients nor its pools:
-
-- a client retries by itself and does not tell a command that was never sent from one whose reply
-  was lost, and a write may be repeated only in the first case;
-- an asyncio pool awaits a lock to take a connection back, so that a cancelled task can lose one
-  for good. Here a connection comes back without an await.
-
-A connection on which anything went wrong, a cancellation included, is closed and never reused, so
-that no reply can reach another caller.
+What is done with them is decided in `redis_routes`. A connection on which anything went wrong is
+closed and never reused, so that no reply can reach another caller.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-import redis.asyncio.connection as async_driver
-import redis.connection as sync_driver
 from redis import exceptions as driver
 
-from hornbeam_state.backends.breaker import Breaker
+from hornbeam_state.backends.redis_connections import ask, packed, read
 from hornbeam_state.backends.redis_errors import (
     FAILURES,
-    REFUSALS,
     Interrupted,
     Stage,
-    not_tried,
-    refused,
+    explained,
     unreachable,
 )
-from hornbeam_state.errors import ConfigError
+from hornbeam_state.backends.redis_routes import Inquiry, Outcome, Pause, Send, Together
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from hornbeam_state.backends.redis_steps import Batch, Steps
-    from hornbeam_state.config import StoreConfig
-    from hornbeam_state.errors import StoreError
+    from hornbeam_state.backends.redis_connections import Connector, SyncConnection
+    from hornbeam_state.backends.redis_routes import Routes, Work
+    from hornbeam_state.backends.redis_steps import Steps
+    from hornbeam_state.backends.redis_topology import Address
 
 T = TypeVar("T")
 
-# A thread holds one connection while it calls, so threads bound the connections by themselves and
-# none ever waits for another: a limit could only add waiting. This many are kept when idle.
+# A thread holds one connection to a server while it calls, so threads bound the connections by
+# themselves and none ever waits for another: a limit could only add waiting. This many are kept
+# when idle.
 _IDLE: Final = 64
-
-# Set by hornbeam, whatever the URL says.
-_OWN_OPTIONS: Final = (
-    "max_connections",
-    "retry_on_error",
-    "retry_on_timeout",
-    "socket_connect_timeout",
-    "socket_timeout",
-    "timeout",
-)
-
-
-class SyncConnection(Protocol):
-    """What is used of redis-py's connections."""
-
-    def connect(self) -> None: ...  # noqa: D102
-    def disconnect(self) -> None: ...  # noqa: D102
-    def can_read(self) -> bool: ...  # noqa: D102
-    def pack_command(self, *words: bytes) -> list[bytes]: ...  # noqa: D102
-    def pack_commands(self, commands: Sequence[Sequence[bytes]]) -> list[bytes]: ...  # noqa: D102
-    def send_packed_command(self, data: list[bytes], *, check_health: bool) -> None: ...  # noqa: D102
-    def read_response(self) -> Any: ...  # noqa: D102
-
-
-class AsyncConnection(Protocol):
-    """What is used of redis-py's asyncio connections."""
-
-    _writer: asyncio.StreamWriter
-
-    async def connect(self) -> None: ...  # noqa: D102
-    async def disconnect(self, *, nowait: bool = False) -> None: ...  # noqa: D102
-    async def can_read(self) -> bool: ...  # noqa: D102
-    def pack_command(self, *words: bytes) -> list[bytes]: ...  # noqa: D102
-    def pack_commands(self, commands: Sequence[Sequence[bytes]]) -> list[bytes]: ...  # noqa: D102
-    async def send_packed_command(self, data: list[bytes], *, check_health: bool) -> None: ...  # noqa: D102
-    async def read_response(self) -> Any: ...  # noqa: D102
-
-
-class Policy:
-    """Decides for both kinds of connection what a failure leads to."""
-
-    def __init__(self, config: StoreConfig) -> None:
-        self.where = config.safe_url
-        self.timeout = config.timeout
-        self.breaker = Breaker(config.timeout)
-
-    def after_fork(self) -> None:
-        """Begin anew: another thread may have held the breaker's lock."""
-        self.breaker = Breaker(self.timeout)
-
-    def admit(self, now: float) -> None:
-        """Refuse a call while the server is known to be down."""
-        pause = self.breaker.wait(now)
-        if pause:
-            raise not_tried(self.where, pause)
-
-    def explain(self, stage: Stage, error: Exception) -> StoreError | Interrupted:
-        """Tell a server that said no from one that could not be talked to."""
-        # An asyncio connection wraps whatever a unix socket's greeting met.
-        root = error.__cause__ if isinstance(error.__cause__, driver.RedisError) else error
-        if isinstance(root, REFUSALS):
-            return refused(cast("driver.RedisError", root), self.where)
-        return Interrupted(stage, root)
-
-    def repeats(self, failure: Interrupted, batch: Batch, started: float) -> bool:
-        """Return whether the call may be made again, on a new connection."""
-        if failure.timed_out or time.monotonic() - started >= self.timeout:
-            return False
-        return failure.stage is Stage.SENDING or (
-            failure.stage is Stage.WAITING and batch.repeatable
-        )
-
-    def verdict(self, failure: Interrupted, batch: Batch, started: float) -> StoreError:
-        """Return the error for the caller."""
-        if failure.stage is not Stage.QUEUED:
-            self.breaker.failed(started, time.monotonic())
-        return unreachable(failure, self.where, self.timeout, write=not batch.repeatable)
 
 
 class Link:
-    """Blocking connections to one server, for any number of threads."""
+    """Blocking connections to the servers of a store.
 
-    def __init__(self, policy: Policy, make: Callable[[], SyncConnection]) -> None:
-        self._policy = policy
-        self._make = make
-        self._idle: list[SyncConnection] = []
+    Args:
+        routes: Which servers these are.
+        connector: Makes connections to them.
+    """
+
+    def __init__(self, routes: Routes, connector: Connector) -> None:
+        self._routes = routes
+        self._connector = connector
+        self._pools: dict[Address, Pool] = {}
 
     def run(self, steps: Steps[T]) -> T:
         """Carry an operation out.
 
         Raises:
+            StoreUnavailable: a server could not be reached in time, or refused.
+            StoreFull: a server is out of memory.
+        """
+        return self._carry_out(self._routes.operation(steps))
+
+    def primaries(self) -> tuple[Address, ...]:
+        """Return the servers that hold the store at present, for `dial_to`.
+
+        Raises:
+            StoreUnavailable: they cannot be found out.
+        """
+        return self._carry_out(self._routes.primaries())
+
+    def dial(self, bucket: int = 0) -> SyncConnection:
+        """Return a new connection to the primary of a bucket; it is the caller's to close.
+
+        Raises:
             StoreUnavailable: the server could not be reached in time, or refused.
-            StoreFull: the server is out of memory.
+        """
+        return self.dial_to(self._carry_out(self._routes.locate(bucket)))
+
+    def dial_to(self, address: Address) -> SyncConnection:
+        """Return a new connection to one of `primaries`; it is the caller's to close.
+
+        Raises:
+            StoreUnavailable: the server could not be reached in time, or refused.
         """
         try:
-            batch = next(steps)
+            return self._connector.open(address)
+        except FAILURES as error:
+            self._routes.lost(address)
+            outcome = explained(Stage.CONNECTING, error)
+            where, timeout = self._routes.named(address), self._connector.timeout
+            if isinstance(outcome, Interrupted):
+                raise unreachable(outcome, where, timeout, write=False) from outcome
+            raise self._routes.refusal(outcome) from outcome
+
+    def close(self) -> None:
+        """Close the idle connections; those in use close when their call ends."""
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.close()
+
+    def after_fork(self) -> None:
+        """Forget the parent's connections: the driver closes them without a word to the server."""
+        self._pools = {}
+
+    def _carry_out(self, work: Work[T]) -> T:
+        try:
+            request = next(work)
             while True:
-                batch = steps.send(self._call(batch))
+                if type(request) is Send:
+                    request = work.send(self._send(request))
+                else:
+                    request = work.send(self._answer(request))
         except StopIteration as stop:
             return cast("T", stop.value)
-        except driver.RedisError as error:
-            raise refused(error, self._policy.where) from error
+        except BaseException:
+            work.close()
+            raise
 
-    def _call(self, batch: Batch) -> list[Any]:
-        started = time.monotonic()
-        self._policy.admit(started)
-        try:
-            return self._attempt(batch, fresh=False)
-        except Interrupted as failure:
-            if not self._policy.repeats(failure, batch, started):
-                raise self._policy.verdict(failure, batch, started) from failure
-        try:
-            return self._attempt(batch, fresh=True)
-        except Interrupted as failure:
-            raise self._policy.verdict(failure, batch, started) from failure
+    def _answer(self, request: Send | Together | Inquiry | Pause) -> Any:
+        match request:
+            case Together(sends):
+                return self._send_all(sends)
+            case Inquiry():
+                return self._inquire(request)
+            case Pause(seconds):
+                return time.sleep(seconds)
+            case _:
+                return self._send(request)
 
-    def _attempt(self, batch: Batch, *, fresh: bool) -> list[Any]:
+    def _send(self, send: Send) -> Outcome:
+        pool = self._pools.get(send.address) or self._open_pool(send.address)
         stage = Stage.CONNECTING
         connection: SyncConnection | None = None
-        idle = self._idle
         try:
-            connection = self._connection(idle, fresh=fresh)
-            stage = Stage.SENDING if batch.whole else Stage.WAITING
-            connection.send_packed_command(packed(connection, batch), check_health=False)
+            connection = pool.take(send, send.deadline)
+            stage = Stage.SENDING if send.whole else Stage.WAITING
+            connection.send_packed_command(packed(connection, send.commands), check_health=False)
             stage = Stage.WAITING
-            replies = [_reply(connection) for _ in batch.commands]
+            replies = [read(connection) for _ in send.commands]
         except BaseException as error:
             if connection is not None:
                 connection.disconnect()
             if isinstance(error, FAILURES):
-                raise self._policy.explain(stage, error) from error
+                return explained(stage, error)
             raise
-        if idle is self._idle and len(idle) < _IDLE:
-            idle.append(connection)
-        else:
-            connection.disconnect()
-        self._policy.breaker.succeeded()
+        if send.deadline is not None:
+            connection.update_current_socket_timeout(self._connector.timeout)
+        pool.give_back(connection)
         return replies
 
-    def _connection(self, idle: list[SyncConnection], *, fresh: bool) -> SyncConnection:
-        if not fresh and idle:
-            with contextlib.suppress(IndexError):  # another thread may have taken the last one
-                connection = idle.pop()
+    def _send_all(self, sends: Sequence[Send]) -> list[Outcome]:
+        """Send to every server first and read after: it takes one round trip."""
+        latest = time.monotonic() + self._connector.timeout
+        exchanges = []
+        for send in sends:
+            pool = self._pools.get(send.address) or self._open_pool(send.address)
+            exchanges.append(Exchange(pool, send, send.deadline or latest))
+        try:
+            for exchange in exchanges:
+                exchange.begin()
+            return [exchange.end() for exchange in exchanges]
+        finally:
+            for exchange in exchanges:
+                exchange.close()
+
+    def _inquire(self, inquiry: Inquiry) -> Outcome:
+        connection = self._connector.visit(
+            inquiry.address, inquiry.seconds, sentinel=inquiry.sentinel
+        )
+        try:
+            connection.connect()
+            return ask(connection, [inquiry.words])
+        except FAILURES as error:
+            return explained(Stage.CONNECTING, error)
+        finally:
+            connection.disconnect()
+
+    def _open_pool(self, address: Address) -> Pool:
+        for other in list(self._pools):
+            if not self._routes.knows(other):
+                self._forget(other)
+        return self._pools.setdefault(address, Pool(self._connector, address))
+
+    def _forget(self, address: Address) -> None:
+        pool = self._pools.pop(address, None)
+        if pool is not None:
+            pool.close()
+
+
+class Pool:
+    """Connections to one server.
+
+    Args:
+        connector: Makes them.
+        address: The server.
+    """
+
+    def __init__(self, connector: Connector, address: Address) -> None:
+        self._connector = connector
+        self._address = address
+        self._idle: list[SyncConnection] = []
+        self._closed = False
+
+    def take(self, send: Send, deadline: float | None) -> SyncConnection:
+        """Return a connection of the kind asked for, on which nothing is on its way.
+
+        Raises:
+            RedisError, OSError: none can be had.
+        """
+        if not send.fresh:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                pass
+            else:
                 if not _is_stale(connection):
+                    if deadline is not None:
+                        connection.update_current_socket_timeout(_left(deadline))
                     return connection
                 connection.disconnect()
-        connection = self._make()
-        connection.connect()
+        if send.idle:
+            raise driver.ConnectionError("no connection is open")
+        if deadline is None:
+            return self._connector.open(self._address)
+        connection = self._connector.open(self._address, _left(deadline))
+        connection.update_current_socket_timeout(_left(deadline))
         return connection
 
+    def give_back(self, connection: SyncConnection) -> None:
+        """Keep a connection for the next caller."""
+        if self._closed or len(self._idle) >= _IDLE:
+            connection.disconnect()
+        else:
+            self._idle.append(connection)
+
     def close(self) -> None:
-        """Close the idle connections; those in use close when their call ends."""
+        """Close the idle connections, and from now on all that are given back."""
+        self._closed = True
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.disconnect()
 
-    def after_fork(self) -> None:
-        """Forget the parent's connections: the driver closes them without a word to the server."""
-        self._idle = []
 
+class Exchange:
+    """One of several that are under way at a time: `begin` all, `end` all, `close` all.
 
-def connectors(
-    config: StoreConfig,
-) -> tuple[Callable[[], SyncConnection], Callable[[], AsyncConnection]]:
-    """Return what makes a connection to the server of `config`, sync and asyncio.
-
-    Raises:
-        ConfigError: the URL has an option that redis-py does not know.
+    Args:
+        pool: Connections to the server.
+        send: What to send.
+        deadline: When to give up, by the monotonic clock.
     """
-    # RESP2: no greeting to wait for, and never a push message between a request and its reply.
-    common: dict[str, Any] = {
-        "decode_responses": False,
-        "driver_info": None,
-        "health_check_interval": 0,
-        "protocol": 2,
-        "socket_connect_timeout": config.timeout,
-    }
-    sync_kind, sync_options = _parsed(sync_driver, config)
-    async_kind, async_options = _parsed(async_driver, config)
-    sync_options |= {**common, "socket_timeout": config.timeout}
-    # An asyncio call has one deadline around all it does, in place of one for each send and read.
-    async_options |= {**common, "socket_timeout": None}
 
-    def make() -> SyncConnection:
-        return cast("SyncConnection", sync_kind(**sync_options))
+    def __init__(self, pool: Pool, send: Send, deadline: float) -> None:
+        self._pool = pool
+        self._send = send
+        self._deadline = deadline
+        self._stage = Stage.CONNECTING
+        self._connection: SyncConnection | None = None
+        self._failure: Interrupted | driver.RedisError | None = None
 
-    def amake() -> AsyncConnection:
-        return cast("AsyncConnection", async_kind(**async_options))
+    def begin(self) -> None:
+        """Send the commands."""
+        commands = self._send.commands
+        try:
+            self._connection = connection = self._pool.take(self._send, self._deadline)
+            self._stage = Stage.SENDING if self._send.whole else Stage.WAITING
+            connection.send_packed_command(packed(connection, commands), check_health=False)
+            self._stage = Stage.WAITING
+        except FAILURES as error:
+            self._failure = explained(self._stage, error)
 
-    try:
-        make()
-        amake()
-    except (TypeError, ValueError, driver.RedisError) as error:
-        raise ConfigError(f"store URL {config.safe_url}: {error}") from None
-    return make, amake
+    def end(self) -> Outcome:
+        """Read the replies; return these, or what went wrong."""
+        connection = self._connection
+        if connection is None or self._failure is not None:
+            return cast("Outcome", self._failure)
+        try:
+            replies = [self._reply(connection) for _ in self._send.commands]
+        except FAILURES as error:
+            return explained(self._stage, error)
+        connection.update_current_socket_timeout(connection.socket_timeout)
+        self._connection = None
+        self._pool.give_back(connection)
+        return replies
+
+    def close(self) -> None:
+        """Close the connection, unless all of its replies were read."""
+        if self._connection is not None:
+            self._connection.disconnect()
+
+    def _reply(self, connection: SyncConnection) -> Any:
+        connection.update_current_socket_timeout(_left(self._deadline))
+        return read(connection)
 
 
-def _parsed(module: Any, config: StoreConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
-    try:
-        options: dict[str, Any] = module.parse_url(config.url)
-    except ValueError as error:
-        raise ConfigError(f"store URL {config.safe_url}: {error}") from None
-    kind = options.pop("connection_class", module.Connection)
-    return kind, {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
-
-
-def packed(connection: SyncConnection | AsyncConnection, batch: Batch) -> list[bytes]:
-    """Return the bytes of all commands of a batch."""
-    if len(batch.commands) == 1:
-        return connection.pack_command(*batch.commands[0].words)
-    return connection.pack_commands([command.words for command in batch.commands])
-
-
-def _reply(connection: SyncConnection) -> Any:
-    try:
-        return connection.read_response()
-    except driver.ResponseError as error:
-        return error
+def _left(deadline: float) -> float:
+    """Return the seconds until a deadline, one thousandth at least: 0 would mean not to wait."""
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _is_stale(connection: SyncConnection) -> bool:

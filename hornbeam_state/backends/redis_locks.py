@@ -9,12 +9,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_state.backends import redis_scripts as scripts
-from hornbeam_state.backends.redis_steps import Steps, ask, bucket_of, call, milliseconds, names
+from hornbeam_state.backends.redis_steps import (
+    Steps,
+    ask,
+    ask_independently,
+    bucket_of,
+    call,
+    milliseconds,
+    names,
+)
 from hornbeam_state.errors import HornbeamError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from hornbeam_state.backends.redis_scripts import Script
     from hornbeam_state.backends.redis_steps import Command
 
 _NAMES: Final = names(b"l:")
@@ -27,6 +36,7 @@ class Lease:
 
     Attributes:
         name: The lock's Redis key.
+        bucket: The bucket it lives in.
         ttl: Seconds after which the server frees it unless it is renewed.
         expires: When the server frees it at the earliest, by the monotonic clock.
         due: When to renew it next, by the same clock.
@@ -35,6 +45,7 @@ class Lease:
     """
 
     name: bytes
+    bucket: int
     ttl: float
     expires: float
     due: float
@@ -44,7 +55,8 @@ class Lease:
     @classmethod
     def of(cls, name: bytes, ttl: float, now: float) -> Lease:
         """Describe an acquisition that is about to be asked for."""
-        return cls(_NAMES[bucket_of(name)] + name, ttl, now + ttl, now + ttl / 3)
+        bucket = bucket_of(name)
+        return cls(_NAMES[bucket] + name, bucket, ttl, now + ttl, now + ttl / 3)
 
     @property
     def _ttl_ms(self) -> bytes:
@@ -52,25 +64,28 @@ class Lease:
 
     def acquire(self) -> Steps[bool]:
         """Take the lock if it is free."""
-        command = call(scripts.ACQUIRE, (self.name,), self.token, self._ttl_ms)
+        command = self._call(scripts.ACQUIRE, self._ttl_ms)
         [taken] = yield from ask(command, repeatable=True)
         return bool(taken)
 
     def release(self) -> Steps[bool]:
         """Free the lock if it is still this acquisition's."""
-        [freed] = yield from ask(call(scripts.RELEASE, (self.name,), self.token))
+        [freed] = yield from ask(self._call(scripts.RELEASE))
         return bool(freed)
 
     def upkeep(self) -> Command:
         """Return the command that renews the lease, or frees it once it is abandoned."""
         if self.abandoned:
-            return call(scripts.RELEASE, (self.name,), self.token)
-        return call(scripts.RENEW, (self.name,), self.token, self._ttl_ms)
+            return self._call(scripts.RELEASE)
+        return self._call(scripts.RENEW, self._ttl_ms)
+
+    def _call(self, script: Script, *args: bytes) -> Command:
+        return call(script, self.bucket, (self.name,), self.token, *args)
 
 
 def upkeep(leases: Iterable[Lease]) -> Steps[list[Any]]:
-    """Renew or free leases together; return for each whether it was still there."""
-    return (yield from ask(*(lease.upkeep() for lease in leases), repeatable=True))
+    """Renew or free leases together; return for each whether it was still there, or an error."""
+    return (yield from ask_independently([lease.upkeep() for lease in leases]))
 
 
 class Keeper:
@@ -79,7 +94,8 @@ class Keeper:
     The thread starts with the first lease and ends when there have been none for a while.
 
     Args:
-        maintain: Renews or frees leases, and says of each whether it was still there.
+        maintain: Renews or frees leases, and says of each whether it was still there; or gives
+            an error for it, when its server could not be asked.
     """
 
     def __init__(self, maintain: Callable[[Sequence[Lease]], list[Any]]) -> None:
@@ -141,14 +157,14 @@ class Keeper:
         now = time.monotonic()
         try:
             present = self._maintain(due)
-        except HornbeamError:  # the server is away: the leases run on until they expire
-            for lease in due:
+        except HornbeamError as error:
+            present = [error] * len(due)
+        for lease, still_there in zip(due, present, strict=True):
+            if isinstance(still_there, Exception):  # the lease runs on until it expires
                 lease.due = now + min(lease.ttl / 10, 1.0)
                 if lease.expires <= time.monotonic():
                     self.drop(lease)
-            return
-        for lease, still_there in zip(due, present, strict=True):
-            if still_there and not lease.abandoned:
+            elif still_there and not lease.abandoned:
                 lease.expires, lease.due = now + lease.ttl, now + lease.ttl / 3
             else:
                 self.drop(lease)

@@ -120,6 +120,13 @@ for i = 3, #KEYS do store(KEYS[i], ARGV[2 * i - 4], ARGV[2 * i - 3], ARGV[1]) en
     ).encode()
 )
 
+# Keys: the values. ARGV: ttl, then the data of each.
+PLAIN_PUT: Final = Script(
+    b"""
+for i = 1, #KEYS do redis.call('SET', KEYS[i], ARGV[i + 1], 'PX', ARGV[1]) end
+"""
+)
+
 # ARGV: member, ttl, data, and the expected data, which is left out to mean "absent".
 _CAS = (
     _STORE

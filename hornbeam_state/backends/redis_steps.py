@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 from zlib import crc32
 
@@ -32,7 +32,7 @@ from hornbeam_state.backends.base import COUNTER_MAX, Space, Usage
 from hornbeam_state.errors import CounterOverflow, WrongType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from hornbeam_state.backends.redis_scripts import Script
 
@@ -47,16 +47,24 @@ _NO_EXPIRY: Final = -1
 
 
 class Command(NamedTuple):
-    """The words of one Redis command; `script` when it calls one by its digest."""
+    """One Redis command.
+
+    Attributes:
+        words: What is sent.
+        bucket: The bucket of its keys, which says where a Cluster takes it; None when any
+            primary may answer.
+        script: The script that it calls by its digest, if it does.
+    """
 
     words: tuple[bytes, ...]
+    bucket: int | None = None
     script: Script | None = None
 
     def in_full(self) -> Command:
         """Return the same call with the script's text instead of its digest."""
         if self.script is None:
             return self
-        return Command((b"EVAL", self.script.text, *self.words[2:]))
+        return Command((b"EVAL", self.script.text, *self.words[2:]), self.bucket)
 
 
 class Batch(NamedTuple):
@@ -67,37 +75,74 @@ class Batch(NamedTuple):
         repeatable: Whether doing it twice comes to the same as doing it once.
         whole: Whether nothing is done unless the last byte arrives: true of a single command,
             since a server waits for all of it, and of MULTI ... EXEC.
+        independent: Whether a server that cannot be reached fails its own commands only: their
+            replies are then a `StoreError`.
     """
 
     commands: Sequence[Command]
     repeatable: bool
     whole: bool
+    independent: bool = False
+
+    @property
+    def is_transaction(self) -> bool:
+        """Whether the commands are done together or not at all."""
+        return self.whole and len(self.commands) > 1
 
 
-Steps: TypeAlias = Generator[Batch, list[Any], T]
+class OnEachPrimary(NamedTuple):
+    """Asks for an operation on every primary there is; the results are sent back in a list.
+
+    Attributes:
+        operation: Makes the operation, from what messages call the primary. Its commands without
+            a bucket go to that primary.
+    """
+
+    operation: Callable[[str], Steps[Any]]
+
+
+Steps: TypeAlias = Generator[Batch | OnEachPrimary, list[Any], T]
 """An operation: yields batches, is sent one reply per command (errors as values)."""
 
 
-def call(script: Script, keys: Sequence[bytes], *args: bytes) -> Command:
-    """Return the command that runs `script`."""
-    return Command((b"EVALSHA", script.sha, b"%d" % len(keys), *keys, *args), script)
+def call(script: Script, bucket: int, keys: Sequence[bytes], *args: bytes) -> Command:
+    """Return the command that runs `script` on keys of a bucket."""
+    words = (b"EVALSHA", script.sha, b"%d" % len(keys), *keys, *args)
+    return Command(words, bucket, script)
 
 
 def ask(*commands: Command, repeatable: bool = False) -> Steps[list[Any]]:
     """Send the commands together and return their replies; raise the first that is an error."""
-    replies = yield Batch(commands, repeatable, len(commands) == 1)
-    unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-    if unknown:
-        again = tuple(commands[n].in_full() for n in unknown)
-        answers = yield Batch(again, repeatable, len(again) == 1)
-        for n, answer in zip(unknown, answers, strict=True):
-            replies[n] = answer
-    _raise_first_error(replies)
+    batch = Batch(commands, repeatable, len(commands) == 1)
+    replies = yield batch
+    for reply in replies:
+        if isinstance(reply, Exception):
+            yield from _ask_in_full(batch, replies)
+            _raise_first_error(replies)
+            break
     return replies
 
 
+def ask_independently(commands: Sequence[Command]) -> Steps[list[Any]]:
+    """Send repeatable commands together and return for each its reply, or the error it met."""
+    batch = Batch(commands, repeatable=True, whole=len(commands) == 1, independent=True)
+    replies = yield batch
+    yield from _ask_in_full(batch, replies)
+    return replies
+
+
+def _ask_in_full(batch: Batch, replies: list[Any]) -> Steps[None]:
+    """Call the scripts that a server did not know by their text, and replace their replies."""
+    unknown = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if unknown:
+        again = tuple(batch.commands[n].in_full() for n in unknown)
+        answers = yield batch._replace(commands=again, whole=len(again) == 1)
+        for n, answer in zip(unknown, answers, strict=True):
+            replies[n] = answer
+
+
 def ask_all_or_none(commands: Sequence[Command]) -> Steps[list[Any]]:
-    """Send the commands as one transaction and return their replies.
+    """Send the commands as one transaction and return their replies. Not for a Cluster.
 
     A call of an unknown script would fail inside the transaction while the others go through, so
     the scripts are loaded ahead of it.
@@ -128,19 +173,43 @@ def bucket_of(key: bytes) -> int:
     return crc32(key) % BUCKETS
 
 
+def _bucket_in(name: bytes) -> int:
+    """Return the bucket in the name of a Redis key."""
+    return int(name[5:7])
+
+
+def _grouped(
+    names: Iterable[bytes], bucket: Callable[[bytes], int]
+) -> defaultdict[int, list[bytes]]:
+    grouped: defaultdict[int, list[bytes]] = defaultdict(list)
+    for name in names:
+        grouped[bucket(name)].append(name)
+    return grouped
+
+
+def _by_bucket(keys: Iterable[bytes]) -> defaultdict[int, list[bytes]]:
+    return _grouped(keys, bucket_of)
+
+
 def names(suffix: bytes) -> tuple[bytes, ...]:
     """Return a name for each bucket."""
     return tuple(b"hb:{b%02d}:%s" % (bucket, suffix) for bucket in range(BUCKETS))
 
 
 class SpaceSteps:
-    """The operations of a key space that are the same with and without an index."""
+    """The operations of a key space that are the same with and without an index.
+
+    Args:
+        letter: The letter of the space.
+        cluster: Whether the buckets may be on different servers.
+    """
 
     _cas: Script
     _incr: Script
 
-    def __init__(self, letter: bytes) -> None:
+    def __init__(self, letter: bytes, *, cluster: bool = False) -> None:
         self._values = names(letter + b":")
+        self._cluster = cluster
 
     def _value(self, key: bytes) -> bytes:
         return self._values[crc32(key) % BUCKETS] + key
@@ -149,29 +218,65 @@ class SpaceSteps:
         """Return the Redis keys that a script about one key takes."""
         raise NotImplementedError
 
+    def _write(
+        self, bucket: int, keys: Sequence[bytes], items: Mapping[bytes, bytes], ttl: float | None
+    ) -> Command:
+        """Return the script that writes values of one bucket."""
+        raise NotImplementedError
+
+    def _call(self, script: Script, key: bytes, *args: bytes) -> Command:
+        """Return the command that runs a script about one key."""
+        return call(script, bucket_of(key), self._keys(key), *args)
+
     def _ttl(self, ttl: float | None) -> bytes:
         """Return milliseconds, or nothing for a value that does not expire."""
         raise NotImplementedError
 
     def get(self, key: bytes) -> Steps[bytes | None]:
         """Read a value."""
-        [value] = yield from ask(Command((b"GET", self._value(key))), repeatable=True)
+        bucket = crc32(key) % BUCKETS
+        command = Command((b"GET", self._values[bucket] + key), bucket)
+        [value] = yield from ask(command, repeatable=True)
         return value  # type: ignore[no-any-return]
 
     def get_many(self, keys: Sequence[bytes]) -> Steps[list[bytes | None]]:
-        """Read values in one command, hence all from one moment."""
+        """Read values in one command, hence all from one moment; on a Cluster one per bucket."""
         if not keys:
             return []
+        if self._cluster:
+            return (yield from self._get_by_bucket(keys))
         command = Command((b"MGET", *map(self._value, keys)))
         [values] = yield from ask(command, repeatable=True)
         return values  # type: ignore[no-any-return]
+
+    def _get_by_bucket(self, keys: Sequence[bytes]) -> Steps[list[bytes | None]]:
+        by_bucket = _by_bucket(keys)
+        commands = [
+            Command((b"MGET", *map(self._value, members)), bucket)
+            for bucket, members in by_bucket.items()
+        ]
+        replies = yield from ask(*commands, repeatable=True)
+        found: dict[bytes, bytes | None] = {}
+        for members, values in zip(by_bucket.values(), replies, strict=True):
+            found.update(zip(members, values, strict=True))
+        return [found[key] for key in keys]
+
+    def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
+        """Write values: one script for each bucket, all in one transaction but on a Cluster."""
+        commands = [
+            self._write(bucket, keys, items, ttl) for bucket, keys in _by_bucket(items).items()
+        ]
+        if self._cluster and commands:
+            yield from ask(*commands)
+        elif commands:
+            yield from ask_all_or_none(commands)
 
     def cas(
         self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None
     ) -> Steps[bool]:
         """Write a value if the present one is the expected one."""
         wanted = () if expected is None else (expected,)
-        command = call(self._cas, self._keys(key), key, self._ttl(ttl), value, *wanted)
+        command = self._call(self._cas, key, key, self._ttl(ttl), value, *wanted)
         [stored] = yield from ask(command)
         return bool(stored)
 
@@ -182,7 +287,7 @@ class SpaceSteps:
     def incr(self, key: bytes, delta: int, ttl: float | None) -> Steps[int]:
         """Add to a counter."""
         steps = [b"%d" % step for step in _within_64_bits(delta)]
-        command = call(self._incr, self._keys(key), key, self._ttl(ttl), *steps)
+        command = self._call(self._incr, key, key, self._ttl(ttl), *steps)
         [total] = yield from ask(command)
         if total == scripts.OVERFLOW:
             raise CounterOverflow(f"the counter {_shown(key)} would leave 64 bits")
@@ -192,7 +297,8 @@ class SpaceSteps:
 
     def ttl(self, key: bytes) -> Steps[float | None]:
         """Read how long a value has left."""
-        [left] = yield from ask(Command((b"PTTL", self._value(key))), repeatable=True)
+        command = Command((b"PTTL", self._value(key)), bucket_of(key))
+        [left] = yield from ask(command, repeatable=True)
         if left == _NO_KEY:
             raise KeyError(key)
         return None if left == _NO_EXPIRY or left > _LONGEST_TTL_MS else left / 1000
@@ -204,8 +310,8 @@ class IndexedSteps(SpaceSteps):
     _cas = scripts.CAS
     _incr = scripts.INCR
 
-    def __init__(self, letter: bytes) -> None:
-        super().__init__(letter)
+    def __init__(self, letter: bytes, *, cluster: bool = False) -> None:
+        super().__init__(letter, cluster=cluster)
         self._indexes = names(letter + b"i")
         self._expiries = names(letter + b"e")
 
@@ -218,28 +324,22 @@ class IndexedSteps(SpaceSteps):
 
     def put(self, key: bytes, value: bytes, ttl: float | None) -> Steps[None]:
         """Write a value."""
-        yield from ask(call(scripts.PUT, self._keys(key), self._ttl(ttl), key, value))
+        yield from ask(self._call(scripts.PUT, key, self._ttl(ttl), key, value))
 
-    def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
-        """Write values: one script for each bucket, all in one transaction."""
-        by_bucket: defaultdict[int, list[bytes]] = defaultdict(list)
-        for key in items:
-            by_bucket[bucket_of(key)].append(key)
-        commands = [
-            call(
-                scripts.PUT,
-                (self._indexes[bucket], self._expiries[bucket], *map(self._value, keys)),
-                self._ttl(ttl),
-                *(word for key in keys for word in (key, items[key])),
-            )
-            for bucket, keys in by_bucket.items()
-        ]
-        if commands:
-            yield from ask_all_or_none(commands)
+    def _write(
+        self, bucket: int, keys: Sequence[bytes], items: Mapping[bytes, bytes], ttl: float | None
+    ) -> Command:
+        return call(
+            scripts.PUT,
+            bucket,
+            (self._indexes[bucket], self._expiries[bucket], *map(self._value, keys)),
+            self._ttl(ttl),
+            *(word for key in keys for word in (key, items[key])),
+        )
 
     def delete(self, key: bytes) -> Steps[bool]:
         """Remove a value."""
-        [removed] = yield from ask(call(scripts.DELETE, self._keys(key), key))
+        [removed] = yield from ask(self._call(scripts.DELETE, key, key))
         return bool(removed)
 
     def keys(self, prefix: bytes) -> Steps[list[bytes]]:
@@ -268,6 +368,7 @@ class IndexedSteps(SpaceSteps):
             commands = [
                 call(
                     script,
+                    bucket,
                     (self._indexes[bucket], self._expiries[bucket]),
                     *(self._values[bucket], start, high, _PAGE),
                 )
@@ -292,43 +393,53 @@ class CacheSteps(SpaceSteps):
     def _ttl(self, ttl: float | None) -> bytes:
         return b"%d" % (_FOREVER_MS if ttl is None else milliseconds(ttl))
 
-    def _set(self, key: bytes, value: bytes, ttl: float | None) -> Command:
-        return Command((b"SET", self._value(key), value, b"PX", self._ttl(ttl)))
-
     def put(self, key: bytes, value: bytes, ttl: float | None) -> Steps[None]:
         """Write a value."""
-        yield from ask(self._set(key, value, ttl))
+        words = (b"SET", self._value(key), value, b"PX", self._ttl(ttl))
+        yield from ask(Command(words, bucket_of(key)))
 
-    def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
-        """Write values in one transaction."""
-        if items:
-            yield from ask_all_or_none([self._set(*item, ttl) for item in items.items()])
+    def _write(
+        self, bucket: int, keys: Sequence[bytes], items: Mapping[bytes, bytes], ttl: float | None
+    ) -> Command:
+        values = (items[key] for key in keys)
+        names = tuple(map(self._value, keys))
+        return call(scripts.PLAIN_PUT, bucket, names, self._ttl(ttl), *values)
 
     def delete(self, key: bytes) -> Steps[bool]:
         """Remove a value."""
-        [removed] = yield from ask(Command((b"DEL", self._value(key))))
+        [removed] = yield from ask(Command((b"DEL", self._value(key)), bucket_of(key)))
         return bool(removed)
 
     def keys(self, prefix: bytes) -> Steps[list[bytes]]:
         """List keys by walking the whole database: an operator's action."""
+        found = yield OnEachPrimary(lambda _: self._names(prefix))
+        skip = len(self._values[0])
+        return sorted({name[skip:] for names in found for name in names})
+
+    def _names(self, prefix: bytes) -> Steps[set[bytes]]:
         found: set[bytes] = set()
         cursor = b"0"
         while True:
             cursor, page = yield from self._scan(prefix, cursor)
             found.update(page)
             if cursor == b"0":
-                skip = len(self._values[0])
-                return sorted(name[skip:] for name in found)
+                return found
 
     def clear(self, prefix: bytes) -> Steps[int]:
         """Remove keys by walking the whole database: an operator's action."""
+        return sum((yield OnEachPrimary(lambda _: self._remove(prefix))))
+
+    def _remove(self, prefix: bytes) -> Steps[int]:
         removed = 0
         cursor = b"0"
         while True:
             cursor, page = yield from self._scan(prefix, cursor)
-            if page:
-                [count] = yield from ask(Command((b"UNLINK", *page)))
-                removed += count
+            commands = [
+                Command((b"UNLINK", *names), bucket)
+                for bucket, names in _grouped(page, _bucket_in).items()
+            ]
+            if commands:
+                removed += sum((yield from ask(*commands)))
             if cursor == b"0":
                 return removed
 
@@ -339,15 +450,21 @@ class CacheSteps(SpaceSteps):
         return cursor, page
 
     def usage(self, prefix: bytes) -> Steps[Usage]:  # noqa: ARG002
-        """Return the evictions of the whole server since it started; the rest is unknown."""
-        [info] = yield from ask(Command((b"INFO", b"stats")), repeatable=True)
-        evicted = re.search(rb"evicted_keys:(\d+)", info)
-        return Usage(entries=None, bytes=None, evictions=int(evicted[1]) if evicted else 0)
+        """Return the evictions of all primaries since they started; the rest is unknown."""
+        evictions = yield OnEachPrimary(lambda _: _evictions())
+        return Usage(entries=None, bytes=None, evictions=sum(evictions))
 
 
-def space_steps(space: Space) -> IndexedSteps | CacheSteps:
-    """Return the operations of a key space."""
-    return CacheSteps(b"c") if space == "cache" else IndexedSteps(space[:1].encode())
+def _evictions() -> Steps[int]:
+    [info] = yield from ask(Command((b"INFO", b"stats")), repeatable=True)
+    evicted = re.search(rb"evicted_keys:(\d+)", info)
+    return int(evicted[1]) if evicted else 0
+
+
+def space_steps(space: Space, *, cluster: bool = False) -> IndexedSteps | CacheSteps:
+    """Return the operations of a key space, on one server or on a Cluster."""
+    kind = CacheSteps if space == "cache" else IndexedSteps
+    return kind(space[:1].encode(), cluster=cluster)
 
 
 def _within_64_bits(delta: int) -> list[int]:

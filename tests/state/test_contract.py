@@ -64,3 +64,23 @@ class TestRedis(_OverServer):
         backend = self.open(redis_server.url)
         yield backend
         backend.close()
+
+
+class TestCluster(_OverServer):
+    """A Cluster of three primaries."""
+
+    @pytest.fixture
+    def backend(self, cluster):
+        backend = self.open(cluster.url)
+        yield backend
+        backend.close()
+
+
+class TestSentinel(_OverServer):
+    """A primary that sentinels name."""
+
+    @pytest.fixture
+    def backend(self, watched):
+        backend = self.open(watched.url)
+        yield backend
+        backend.close()

@@ -25,12 +25,14 @@ from hornbeam_state.backends.redis import RedisBackend
 from hornbeam_state.backends.redis_alink import CONNECTIONS
 from hornbeam_state.backends.redis_steps import (
     BUCKETS,
+    Batch,
     _bounds,
     _within_64_bits,
     bucket_of,
     milliseconds,
     space_steps,
 )
+from hornbeam_state.backends.redis_topology import SLOT_OF_BUCKET
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import (
     ConfigError,
@@ -160,11 +162,12 @@ class TestPure:
             steps.usage(b""),
             steps.clear(b""),
         ]
-        commands = [command for operation in operations for command in next(operation).commands]
-        calls = [command.words for command in commands if command.script]
+        batches = [request for request in map(next, operations) if isinstance(request, Batch)]
+        calls = [command for batch in batches for command in batch.commands if command.script]
         assert len(calls) >= 400
-        for words in calls:
-            assert len({key_slot(key) for key in words[3 : 3 + int(words[2])]}) == 1
+        for words, bucket, _ in calls:
+            slots = {key_slot(key) for key in words[3 : 3 + int(words[2])]}
+            assert slots == {SLOT_OF_BUCKET[bucket]}
 
     def test_an_unknown_option_is_refused_at_once(self):
         """The URL is checked before anything connects."""
@@ -484,7 +487,7 @@ class TestRefusals:
         for call in (backend.check, lambda: backend.keyspace("app").put(b"k", b"v")):
             error, _ = failure_of(call)
             assert isinstance(error, StoreUnavailable)
-            assert "Cluster" in str(error)
+            assert "redis+cluster://" in str(error)
 
     def test_a_user_with_too_few_rights(self, make_server, connect):
         """The message says which rights are missing."""
