@@ -52,6 +52,8 @@ class AsyncLink:
             return cast("T", stop.value)
         except driver.RedisError as error:
             raise refused(error, self._policy.where) from error
+        finally:
+            steps.close()
 
     async def _call(self, batch: Batch) -> list[Any]:
         started = time.monotonic()

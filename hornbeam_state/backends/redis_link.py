@@ -67,7 +67,7 @@ class SyncConnection(Protocol):
     def pack_command(self, *words: bytes) -> list[bytes]: ...  # noqa: D102
     def pack_commands(self, commands: Sequence[Sequence[bytes]]) -> list[bytes]: ...  # noqa: D102
     def send_packed_command(self, data: list[bytes], *, check_health: bool) -> None: ...  # noqa: D102
-    def read_response(self) -> Any: ...  # noqa: D102
+    def read_response(self, *, push_request: bool = False) -> Any: ...  # noqa: D102
 
 
 class AsyncConnection(Protocol):
@@ -118,6 +118,13 @@ class Policy:
             failure.stage is Stage.WAITING and batch.repeatable
         )
 
+    def undialled(self, error: Exception) -> StoreError:
+        """Return the error for whoever wanted a connection."""
+        explained = self.explain(Stage.CONNECTING, error)
+        if isinstance(explained, Interrupted):
+            return unreachable(explained, self.where, self.timeout, write=False)
+        return explained
+
     def verdict(self, failure: Interrupted, batch: Batch, started: float) -> StoreError:
         """Return the error for the caller."""
         if failure.stage is not Stage.QUEUED:
@@ -128,10 +135,30 @@ class Policy:
 class Link:
     """Blocking connections to one server, for any number of threads."""
 
-    def __init__(self, policy: Policy, make: Callable[[], SyncConnection]) -> None:
+    def __init__(self, policy: Policy, make: Callable[..., SyncConnection]) -> None:
         self._policy = policy
         self._make = make
         self._idle: list[SyncConnection] = []
+
+    def dial(self, bucket: int = 0, *, protocol: int = 2) -> SyncConnection:  # noqa: ARG002
+        """Return a connection that is the caller's own, to use and to close.
+
+        Args:
+            bucket: What it is for: the server that this bucket lies on. Here there is only one.
+            protocol: The version of RESP; 3 for a connection on which the server pushes.
+
+        Raises:
+            StoreUnavailable: the server could not be reached in time, or refused.
+        """
+        connection = self._make(protocol=protocol)
+        try:
+            connection.connect()
+        except BaseException as error:
+            connection.disconnect()
+            if isinstance(error, FAILURES):
+                raise self._policy.undialled(error) from error
+            raise
+        return connection
 
     def run(self, steps: Steps[T]) -> T:
         """Carry an operation out.
@@ -148,6 +175,8 @@ class Link:
             return cast("T", stop.value)
         except driver.RedisError as error:
             raise refused(error, self._policy.where) from error
+        finally:
+            steps.close()  # now, whatever holds on to the error
 
     def _call(self, batch: Batch) -> list[Any]:
         started = time.monotonic()
@@ -209,8 +238,10 @@ class Link:
 
 def connectors(
     config: StoreConfig,
-) -> tuple[Callable[[], SyncConnection], Callable[[], AsyncConnection]]:
+) -> tuple[Callable[..., SyncConnection], Callable[[], AsyncConnection]]:
     """Return what makes a connection to the server of `config`, sync and asyncio.
+
+    The first takes the version of the protocol as a keyword, 2 unless it is told.
 
     Raises:
         ConfigError: the URL has an option that redis-py does not know.
@@ -229,8 +260,8 @@ def connectors(
     # An asyncio call has one deadline around all it does, in place of one for each send and read.
     async_options |= {**common, "socket_timeout": None}
 
-    def make() -> SyncConnection:
-        return cast("SyncConnection", sync_kind(**sync_options))
+    def make(protocol: int = 2) -> SyncConnection:
+        return cast("SyncConnection", sync_kind(**{**sync_options, "protocol": protocol}))
 
     def amake() -> AsyncConnection:
         return cast("AsyncConnection", async_kind(**async_options))

@@ -43,7 +43,7 @@ _PAGE: Final = b"1000"
 _FOREVER_MS: Final = 10**14
 _LONGEST_TTL_MS: Final = 10**13  # 317 years; Redis refuses times far beyond
 _NO_KEY: Final = -2
-_NO_EXPIRY: Final = -1
+NO_EXPIRY: Final = -1
 
 
 class Command(NamedTuple):
@@ -195,7 +195,7 @@ class SpaceSteps:
         [left] = yield from ask(Command((b"PTTL", self._value(key))), repeatable=True)
         if left == _NO_KEY:
             raise KeyError(key)
-        return None if left == _NO_EXPIRY or left > _LONGEST_TTL_MS else left / 1000
+        return None if left == NO_EXPIRY or left > _LONGEST_TTL_MS else left / 1000
 
 
 class IndexedSteps(SpaceSteps):
