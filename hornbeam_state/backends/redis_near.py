@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hornbeam_state.backends.redis_keyspace import RedisKeyspace
 from hornbeam_state.backends.redis_steps import NO_EXPIRY, CacheSteps, Command, Steps, ask
@@ -106,14 +106,15 @@ class NearSteps(CacheSteps):
     def _ask_with_ttl(
         self, keys: Sequence[bytes]
     ) -> Steps[list[tuple[bytes | None, float | None]]]:
-        """Read values, and how long each has left, together."""
-        names = map(self._value, keys)
-        questions = [Command((verb, name)) for name in names for verb in (b"GET", b"PTTL")]
-        replies: list[Any] = yield from ask(*questions, repeatable=True)
-        # A value that expires between the two questions has less than no time left.
+        """Read values, and how many seconds each has left, together."""
+        names = [self._value(key) for key in keys]
+        lefts = [Command((b"PTTL", name)) for name in names]
+        replies = yield from ask(Command((b"MGET", *names)), *lefts, repeatable=True)
+        values: list[bytes | None] = replies[0]
+        # A value that expired after it was read has less than no time left.
         return [
             (value, None if left == NO_EXPIRY else left / 1000)
-            for value, left in zip(replies[::2], replies[1::2], strict=True)
+            for value, left in zip(values, replies[1:], strict=True)
         ]
 
 

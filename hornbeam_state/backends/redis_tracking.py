@@ -113,6 +113,7 @@ class Tracker:
         finally:
             with self._lock:
                 run.close()
+            run.over.set()
 
     def _follow(self, run: _Run) -> None:
         """Keep the cache true until the run is to end.
@@ -165,13 +166,13 @@ class _Run:
         self.over = threading.Event()
         self.connections: list[SyncConnection] = []
         self.pause = _FIRST_PAUSE
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pipe = list(os.pipe())
 
     def end(self) -> None:
-        """Have the thread leave whatever it waits in."""
+        """Have the thread leave whatever it waits in, for good."""
         self.ended = True
-        if self._bell >= 0:
-            os.eventfd_write(self._bell, 1)
+        if len(self._pipe) == 2:  # noqa: PLR2004 - both ends
+            os.close(self._pipe.pop())  # which makes the other one readable
 
     def wait(self, feeds: Sequence[Feed]) -> list[Feed]:
         """Wait until there is something to read or to do; return the feeds to read from."""
@@ -185,13 +186,6 @@ class _Run:
         self._poll((), self.pause)
         self.pause = min(2 * self.pause, _LONGEST_PAUSE)
 
-    def _poll(self, feeds: Sequence[Feed], seconds: float) -> set[int]:
-        poller = select.poll()
-        poller.register(self._bell, select.POLLIN)
-        for feed in feeds:
-            poller.register(feed, select.POLLIN)
-        return {descriptor for descriptor, _ in poller.poll(max(0.0, seconds) * 1000)}
-
     def hang_up(self) -> None:
         """Close the connections; in a forked child, without a word to the servers."""
         while self.connections:
@@ -200,10 +194,15 @@ class _Run:
     def close(self) -> None:
         """Close all there is to close."""
         self.hang_up()
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
-        self.over.set()
+        while self._pipe:
+            os.close(self._pipe.pop())
+
+    def _poll(self, feeds: Sequence[Feed], seconds: float) -> set[int]:
+        poller = select.poll()
+        poller.register(self._pipe[0], select.POLLIN)
+        for feed in feeds:
+            poller.register(feed, select.POLLIN)
+        return {descriptor for descriptor, _ in poller.poll(max(0.0, seconds) * 1000)}
 
 
 def _is_refusal(error: Exception) -> bool:
