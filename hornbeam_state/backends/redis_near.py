@@ -79,12 +79,10 @@ class NearSteps(CacheSteps):
             self._near.flush()
 
     def _writing(self, keys: Iterable[bytes], steps: Steps[T]) -> Steps[T]:
-        """Have this process read its own writes, those too of which it will not know the outcome.
+        """Have this process see its own write from its end on, whatever the end was.
 
-        From before a write on, readers ask the server; after it, whatever they were told
-        meanwhile counts for nothing.
+        What readers are told while it goes on counts for nothing after it either.
         """
-        self._near.forget(keys)
         try:
             return (yield from steps)
         finally:

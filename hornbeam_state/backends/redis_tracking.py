@@ -105,7 +105,7 @@ class Tracker:
                     if _is_refusal(error):
                         self._log_refusal(error)
                         return
-                    if not isinstance(error, StoreError | FAILURES):
+                    if not isinstance(error, (StoreError, *FAILURES)):
                         logger.exception("the cache in this process was emptied: %s", self._where)
                 finally:
                     self._lose(run)

@@ -6,11 +6,9 @@ import gc
 import itertools
 import tracemalloc
 from collections import deque
+from functools import partial
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hornbeam_state.backends.near_cache import ENTRY_BYTES, LONGEST, NearCache
 from hornbeam_state.backends.redis_feed import PING_EVERY, Pulse
@@ -249,176 +247,191 @@ class TestPulse:
         assert pulse.must_ask(10.0 + PING_EVERY)
 
 
-KEYS = (b"a", b"b")
+KEY, OTHER = KEYS = (b"k", b"other")
 
 
-class Server:
-    """A model of the server: versions instead of values, and what it says to those who listen."""
+class World:
+    """A model of a server and of one process near it: values are versions.
 
-    def __init__(self):
+    A version is known to the process once a read has returned it, or a write of its own has
+    ended. No read that begins later may return an earlier one, and what is near is what the
+    server has, unless word of a change is on its way.
+    """
+
+    def __init__(self, *, connected=True):
         self.version = 0
-        self.values = {}
+        self.values = dict.fromkeys(KEYS)
         self.changed = dict.fromkeys(KEYS, 0)  # at which version each was written or deleted
-        self.told = deque()
-        self.heard = False  # whether somebody listens
+        self.told = deque()  # what the server said and nobody has heard yet
+        self.known = dict.fromkeys(KEYS, 0)
+        self.near = NearCache(1024 * 1024)
+        self.steps = NearSteps(self.near, lambda: None)
+        if connected:
+            self.near.enable()
+        self.connected = connected
 
-    def write(self, key):
-        self.change(key, b"%d" % (self.version + 1))
-
-    def delete(self, key):
-        self.change(key, None)
-
-    def change(self, key, value):
+    def change(self, key, *, delete=False):
         self.version += 1
-        self.values[key] = value
+        self.values[key] = None if delete else b"%d" % self.version
         self.changed[key] = self.version
-        if self.heard:
+        if self.connected:
             self.told.append(key)
 
     def serve(self, batch):
-        return [self.answer(*command.words) for command in batch.commands]
+        return [self.reply(*command.words) for command in batch.commands]
 
-    def answer(self, verb, *names):
+    def reply(self, verb, *names):
         keys = [name.partition(b":c:")[2] for name in names]
-        if verb == b"MGET":
-            return [self.values.get(key) for key in keys]
-        if verb == b"PTTL":
-            return -2 if self.values.get(keys[0]) is None else 10**9
-        if verb == b"SET":
-            return self.write(keys[0])
-        assert verb == b"DEL"
-        return self.delete(keys[0])
-
-
-class Call:
-    """An operation on its way: asked, served, then answered or abandoned."""
-
-    def __init__(self, steps, keys, floors, *, writes):
-        self.steps = steps
-        self.keys = keys
-        self.floors = floors  # for each key the version that was known when the call began
-        self.writes = writes
-        self.batch = next(steps)
-        self.replies = None
-        self.versions = None  # of all keys, when it was served
-
-
-class Interleavings(RuleBasedStateMachine):
-    """Calls of one process, writes of others and word of them, in any order.
-
-    A version is known to the process once it was returned by a read, or written by a call that
-    has ended. No read that begins later may return an earlier one; and when everything is quiet,
-    what is near is what the server has.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.server = Server()
-        self.near = NearCache(1024 * 1024)
-        self.steps = NearSteps(self.near, lambda: None)
-        self.calls = []
-        self.known = dict.fromkeys(KEYS, 0)
+        match verb:
+            case b"MGET":
+                return [self.values[key] for key in keys]
+            case b"PTTL":
+                return -2 if self.values[keys[0]] is None else 10**9
+            case b"SET":
+                return self.change(keys[0])
+        raise AssertionError(verb)
 
     def learn(self, key, version):
         self.known[key] = max(self.known[key], version)
 
-    def begin(self, steps, keys, *, writes):
-        floors = {key: self.known[key] for key in keys}
-        try:
-            self.calls.append(Call(steps, keys, floors, writes=writes))
-        except StopIteration as stop:  # all of it was near
-            self.check(floors, zip(keys, stop.value, strict=True), {})
-
-    def check(self, floors, results, versions):
-        for key, value in results:
+    def check(self, floors, found, versions):
+        """Check what a read returned; absent keys were told by the server at these versions."""
+        for key, value in found.items():
             version = versions[key] if value is None else int(value)
             assert version >= floors[key], "a read went back"
             self.learn(key, version)
 
-    @rule(key=st.sampled_from(KEYS))
-    def read(self, key):
-        value = self.near.get(key, 0.0)
-        if value is None:
-            self.begin(self.one(key), [key], writes=False)
-        else:
-            self.check(self.known, [(key, value)], {})
-
-    def one(self, key):
-        return [(yield from self.steps.get(key))]
-
-    @rule()
-    def read_many(self):
-        self.begin(self.steps.get_many(list(KEYS)), list(KEYS), writes=False)
-
-    @rule(key=st.sampled_from(KEYS))
-    def write_here(self, key):
-        self.begin(self.steps.put(key, b"", None), [key], writes=True)
-
-    @rule(key=st.sampled_from(KEYS))
-    def write_elsewhere(self, key):
-        self.server.write(key)
-
-    @rule(key=st.sampled_from(KEYS))
-    def delete_elsewhere(self, key):
-        self.server.delete(key)
-
-    @precondition(lambda self: self.calls)
-    @rule(data=st.data())
-    def serve(self, data):
-        call = data.draw(st.sampled_from(self.calls))
-        if call.replies is None:
-            call.replies = self.server.serve(call.batch)
-            call.versions = dict(self.server.changed)
-
-    @precondition(lambda self: any(call.replies is not None for call in self.calls))
-    @rule(data=st.data())
-    def answer(self, data):
-        served = [call for call in self.calls if call.replies is not None]
-        call = data.draw(st.sampled_from(served))
-        self.calls.remove(call)
-        with pytest.raises(StopIteration) as stop:
-            call.steps.send(call.replies)
-        if call.writes:
-            self.learn(call.keys[0], call.versions[call.keys[0]])
-        else:
-            results = zip(call.keys, stop.value.value, strict=True)
-            self.check(call.floors, results, call.versions)
-
-    @precondition(lambda self: self.calls)
-    @rule(data=st.data())
-    def abandon(self, data):
-        call = data.draw(st.sampled_from(self.calls))
-        self.calls.remove(call)
-        call.steps.close()
-        if call.writes and call.replies is not None:
-            self.learn(call.keys[0], call.versions[call.keys[0]])
-
-    @precondition(lambda self: self.server.told)
-    @rule()
-    def hear(self):
-        self.near.forget([self.server.told.popleft()])
-
-    @precondition(lambda self: not self.server.heard)
-    @rule()
-    def connect(self):
-        self.server.heard = True
-        self.near.enable()
-
-    @precondition(lambda self: self.server.heard)
-    @rule()
-    def lose_the_connection(self):
-        self.server.heard = False
-        self.server.told.clear()
-        self.near.disable()
-
-    @invariant()
-    def what_is_near_is_what_the_server_has(self):
-        """Unless word of a change is on its way."""
+    def look(self):
+        """Check what is near now."""
         for key in KEYS:
             value = self.near.get(key, 0.0)
-            if value is not None and key not in self.server.told:
-                assert value == self.server.values[key]
+            if value is not None:
+                assert key in self.told or value == self.values[key], "it is stale"
+                self.check(self.known, {key: value}, {})
 
 
-Interleavings.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
-TestInterleavings = Interleavings.TestCase
+def finished(steps, replies):
+    """Return the result of an operation that needs no more than these replies."""
+    try:
+        steps.send(replies)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it asks for more")
+
+
+# What goes on at once. Each of these does one step up to every `yield`.
+
+
+def reader(world, keys, end="answer"):
+    floors = dict(world.known)
+    steps = world.steps.get_many(keys)
+    try:
+        batch = next(steps)
+    except StopIteration as stop:
+        world.check(floors, dict(zip(keys, stop.value, strict=True)), {})
+        return
+    yield
+    replies, versions = world.serve(batch), dict(world.changed)
+    yield
+    if end == "abandon":
+        steps.close()
+        return
+    found = finished(steps, replies)
+    world.check(floors, dict(zip(keys, found, strict=True)), versions)
+
+
+def writer(world, end="answer"):
+    steps = world.steps.put(KEY, b"", None)
+    batch = next(steps)
+    yield
+    replies, version = world.serve(batch), world.version
+    yield
+    if end == "abandon":
+        steps.close()
+    else:
+        finished(steps, replies)
+    world.learn(KEY, version)
+
+
+def stranger(world, *, delete=False):
+    world.change(KEY, delete=delete)
+    yield
+    if world.told:
+        world.near.forget([world.told.popleft()])
+
+
+def connection(world):
+    """Be lost and made anew: the server speaks before the cache is enabled."""
+    world.connected = False
+    world.told.clear()
+    world.near.disable()
+    yield
+    yield from first_connection(world)
+
+
+def first_connection(world):
+    world.connected = True
+    yield
+    world.near.enable()
+
+
+def orders(lengths):
+    """Return every order in which actors with so many steps can take turns."""
+    if not any(lengths):
+        yield ()
+    for actor, left in enumerate(lengths):
+        if left:
+            rest = (*lengths[:actor], left - 1, *lengths[actor + 1 :])
+            yield from ((actor, *order) for order in orders(rest))
+
+
+READ, READ_BOTH, GIVE_UP = (
+    (3, partial(reader, keys=(KEY,))),
+    (3, partial(reader, keys=KEYS)),
+    (3, partial(reader, keys=(KEY,), end="abandon")),
+)
+WRITE, WRITE_UNTOLD = (3, writer), (3, partial(writer, end="abandon"))
+CHANGE, DELETE = (2, stranger), (2, partial(stranger, delete=True))
+LOSE, CONNECT = (3, connection), (2, first_connection)
+
+
+@pytest.mark.parametrize(
+    "actors",
+    [
+        pytest.param([READ, READ, CHANGE, CHANGE], id="readers-and-changes"),
+        pytest.param([READ, READ, DELETE, CHANGE], id="readers-and-a-deletion"),
+        pytest.param([READ, READ_BOTH, CHANGE, CHANGE], id="reader-of-many"),
+        pytest.param([READ, GIVE_UP, CHANGE, CHANGE], id="reader-who-gives-up"),
+        pytest.param([READ, READ, WRITE], id="readers-and-a-writer"),
+        pytest.param([READ, READ, WRITE_UNTOLD], id="writer-who-gives-up"),
+        pytest.param([READ, WRITE, WRITE], id="writers"),
+        pytest.param([READ, WRITE, CHANGE], id="writer-and-a-change"),
+        pytest.param([READ, WRITE_UNTOLD, CHANGE], id="writer-who-gives-up-and-a-change"),
+        pytest.param([READ, READ, LOSE], id="readers-and-a-loss"),
+        pytest.param([READ, CHANGE, LOSE], id="change-and-a-loss"),
+        pytest.param([CONNECT, READ, READ, CHANGE], id="beginning"),
+        pytest.param([CONNECT, READ, WRITE], id="beginning-with-a-writer"),
+    ],
+)
+def test_every_order_of_events(actors):
+    """Nobody goes back, every write of one's own is seen, and no entry is stale for long."""
+    lengths, actors = zip(*actors, strict=True)
+    for order in orders(lengths):
+        world = World(connected=(2, first_connection) not in zip(lengths, actors, strict=True))
+        world.change(KEY)
+        world.change(OTHER)
+        world.told.clear()
+        running = [actor(world) for actor in actors]
+        try:
+            for actor in order:
+                next(running[actor], None)
+                world.look()
+            world.near.forget(world.told)
+            world.told.clear()
+            world.look()
+        except AssertionError:
+            print("order of turns:", order)
+            raise
+        finally:
+            for actor in running:
+                actor.close()
