@@ -35,6 +35,7 @@ _OPTIONS: Final[dict[str, type]] = {
     "timeout": float,
     "state_size": int,
     "cache_size": int,
+    "near_size": int,
     "durability": str,
     "snapshot_every": float,
 }
@@ -61,6 +62,8 @@ class StoreConfig:
             `StoreUnavailable`.
         state_size: Most bytes the state file of an embedded store may grow to.
         cache_size: Most bytes the cache file of an embedded store may grow to.
+        near_size: Most bytes of what was read from the cache on a server that each process keeps
+            in its own memory; 0 to ask the server every time.
         durability: What a write to an embedded store survives: ``process`` (the death of any
             process; a power failure may cost what came after the last snapshot) or ``commit``
             (power failures too: every write waits for the disk).
@@ -80,6 +83,7 @@ class StoreConfig:
     timeout: float = 1.0
     state_size: int = 64 * 1024 * MIB
     cache_size: int = 1024 * MIB
+    near_size: int = 32 * MIB
     durability: str = "process"
     snapshot_every: float = 300.0
 
@@ -92,6 +96,10 @@ class StoreConfig:
                 raise ConfigError(
                     f"store {name}={getattr(self, name)}: give {MIB} to {_LARGEST_FILE} bytes"
                 )
+        if not 0 <= self.near_size <= _LARGEST_FILE:
+            raise ConfigError(
+                f"store near_size={self.near_size}: give at most {_LARGEST_FILE} bytes, or 0"
+            )
         if self.durability not in ("process", "commit"):
             raise ConfigError(f"store durability={self.durability!r}: give process or commit")
         if not (math.isfinite(self.snapshot_every) and self.snapshot_every >= 0):
@@ -122,9 +130,9 @@ class StoreConfig:
 
         Args:
             url: One of the forms in the docs, such as ``lmdb:///var/lib/app`` or
-                ``redis://host:6379/0``; ``timeout``, ``state_size`` and ``cache_size`` may
-                follow as a query. What stands for itself there is escaped as in any URL: ``#``
-                as ``%23``, and in a password also ``/``, ``?`` and ``@``.
+                ``redis://host:6379/0``; ``timeout`` and the other options may follow as a query.
+                What stands for itself there is escaped as in any URL: ``#`` as ``%23``, and in a
+                password also ``/``, ``?`` and ``@``.
             **options: The same options as keywords; they win over the query.
 
         Raises:

@@ -24,7 +24,7 @@ def open_store(url: str, **options: Any) -> Store:
 
     Args:
         url: A store URL, such as ``lmdb:///var/lib/app`` or ``redis://host:6379/0``.
-        **options: ``timeout`` (seconds), ``state_size``, ``cache_size`` (bytes).
+        **options: ``timeout`` (seconds), ``state_size``, ``cache_size``, ``near_size`` (bytes).
 
     Raises:
         ConfigError: the URL or an option is wrong. The store itself is opened at first use.

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from hornbeam_state.backends.base import SPACES, Space, Usage
+from hornbeam_state.backends.base import SPACES, Space
 from hornbeam_state.backends.directory import runtime_directory
+from hornbeam_state.backends.near_cache import NearCache
 from hornbeam_state.backends.redis_alink import AsyncLink
 from hornbeam_state.backends.redis_cluster import ClusterRoutes
 from hornbeam_state.backends.redis_connections import Connector
 from hornbeam_state.backends.redis_errors import may_have_happened
+from hornbeam_state.backends.redis_keyspace import RedisKeyspace
 from hornbeam_state.backends.redis_link import Link
 from hornbeam_state.backends.redis_locks import Keeper, Lease, upkeep
+from hornbeam_state.backends.redis_near import NearKeyspace, NearSteps
 from hornbeam_state.backends.redis_routes import Routes
 from hornbeam_state.backends.redis_sentinel import SentinelRoutes
 from hornbeam_state.backends.redis_steps import (
@@ -32,10 +35,11 @@ from hornbeam_state.backends.redis_steps import (
     Steps,
     space_steps,
 )
+from hornbeam_state.backends.redis_tracking import Tracker
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from hornbeam_state.config import StoreConfig
@@ -67,10 +71,9 @@ class RedisBackend:
         self._routes = _routes(config, connector)
         self._link = Link(self._routes, connector)
         self._alink = AsyncLink(self._routes, connector)
-        self._spaces = {
-            space: RedisKeyspace(space, self._link, self._alink, cluster=self._is_cluster)
-            for space in SPACES
-        }
+        self._near = NearCache(config.near_size)
+        self._tracker = Tracker(self._link, self._near, config.timeout, self._routes.where)
+        self._spaces = {space: self._make_keyspace(space) for space in SPACES}
         self._keeper = Keeper(self._maintain)
         after_fork = partial(_call_if_alive, weakref.WeakMethod(self._after_fork))
         os.register_at_fork(after_in_child=after_fork)
@@ -120,14 +123,26 @@ class RedisBackend:
     def close(self) -> None:
         """Release connections; a later call opens them again. Held locks stay held."""
         self._keeper.rest()
+        self._tracker.close()
         self._link.close()
         self._alink.close()
 
     async def aclose(self) -> None:
         """Awaitable twin of `close`."""
         self._keeper.rest()
+        self._tracker.stop()
         self._link.close()
         await self._alink.aclose()
+
+    def _make_keyspace(self, space: Space) -> RedisKeyspace:
+        if space == "cache" and self._config.near_size:
+            near = NearSteps(self._near, self._tracker.start, cluster=self._is_cluster)
+            keyspace = NearKeyspace(near, self._near, self._link, self._alink)
+            # The thread knows nothing of who reads: without readers there is nothing to hear for.
+            weakref.finalize(keyspace, self._tracker.stop)
+            return keyspace
+        steps = space_steps(space, cluster=self._is_cluster)
+        return RedisKeyspace(steps, self._link, self._alink)
 
     def _held(self, lease: Lease) -> RedisLock:
         self._keeper.keep(lease)
@@ -145,6 +160,7 @@ class RedisBackend:
         self._routes.after_fork()
         self._link.after_fork()
         self._alink.after_fork()
+        self._tracker.after_fork()
         # The parent's locks are the parent's: a new keeper knows none of them.
         self._keeper = Keeper(self._maintain)
 
@@ -183,108 +199,6 @@ class RedisLock:
         except BaseException as error:
             backend._settle(lease, error)  # noqa: SLF001
             raise
-
-
-class RedisKeyspace:
-    """The keys and values of one `Space`; see `Keyspace` for each method.
-
-    `get_many` reads all values from one moment, and `put_many` writes all or none; on a Cluster
-    this holds for the keys of each bucket.
-    """
-
-    def __init__(self, space: Space, link: Link, alink: AsyncLink, *, cluster: bool) -> None:
-        self._steps = space_steps(space, cluster=cluster)
-        self._run = link.run
-        self._arun = alink.run
-
-    def get(self, key: bytes) -> bytes | None:
-        """Return the value, or None when the key is absent."""
-        return self._run(self._steps.get(key))
-
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the value of each key in order."""
-        return self._run(self._steps.get_many(keys))
-
-    def put(self, key: bytes, value: bytes, ttl: float | None = None) -> None:
-        """Store the value and replace the expiry."""
-        self._run(self._steps.put(key, value, ttl))
-
-    def put_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
-        """Store all items and replace their expiry."""
-        self._run(self._steps.put_many(items, ttl))
-
-    def add(self, key: bytes, value: bytes, ttl: float | None = None) -> bool:
-        """Store the value only if the key is absent; return whether it was stored."""
-        return self._run(self._steps.add(key, value, ttl))
-
-    def cas(
-        self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None = None
-    ) -> bool:
-        """Store the value only if the present one equals `expected` (None: the key is absent)."""
-        return self._run(self._steps.cas(key, expected, value, ttl))
-
-    def incr(self, key: bytes, delta: int, ttl: float | None = None) -> int:
-        """Add `delta` to a counter and return the sum; an absent key counts as 0."""
-        return self._run(self._steps.incr(key, delta, ttl))
-
-    def delete(self, key: bytes) -> bool:
-        """Remove the key; return whether it was there."""
-        return self._run(self._steps.delete(key))
-
-    def keys(self, prefix: bytes = b"") -> list[bytes]:
-        """Return the keys that start with `prefix`, sorted by their bytes."""
-        return self._run(self._steps.keys(prefix))
-
-    def ttl(self, key: bytes) -> float | None:
-        """Return the seconds left, None when the key does not expire."""
-        return self._run(self._steps.ttl(key))
-
-    def clear(self, prefix: bytes = b"") -> int:
-        """Remove the keys that start with `prefix`; return how many there were."""
-        return self._run(self._steps.clear(prefix))
-
-    def usage(self, prefix: bytes = b"") -> Usage:
-        """Return what the keys that start with `prefix` take."""
-        return self._run(self._steps.usage(prefix))
-
-    async def aget(self, key: bytes) -> bytes | None:
-        """Awaitable twin of `get`; the others follow in the same way."""
-        return await self._arun(self._steps.get(key))
-
-    async def aget_many(self, keys: Sequence[bytes]) -> list[bytes | None]:  # noqa: D102
-        return await self._arun(self._steps.get_many(keys))
-
-    async def aput(self, key: bytes, value: bytes, ttl: float | None = None) -> None:  # noqa: D102
-        await self._arun(self._steps.put(key, value, ttl))
-
-    async def aput_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:  # noqa: D102
-        await self._arun(self._steps.put_many(items, ttl))
-
-    async def aadd(self, key: bytes, value: bytes, ttl: float | None = None) -> bool:  # noqa: D102
-        return await self._arun(self._steps.add(key, value, ttl))
-
-    async def acas(  # noqa: D102
-        self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None = None
-    ) -> bool:
-        return await self._arun(self._steps.cas(key, expected, value, ttl))
-
-    async def aincr(self, key: bytes, delta: int, ttl: float | None = None) -> int:  # noqa: D102
-        return await self._arun(self._steps.incr(key, delta, ttl))
-
-    async def adelete(self, key: bytes) -> bool:  # noqa: D102
-        return await self._arun(self._steps.delete(key))
-
-    async def akeys(self, prefix: bytes = b"") -> list[bytes]:  # noqa: D102
-        return await self._arun(self._steps.keys(prefix))
-
-    async def attl(self, key: bytes) -> float | None:  # noqa: D102
-        return await self._arun(self._steps.ttl(key))
-
-    async def aclear(self, prefix: bytes = b"") -> int:  # noqa: D102
-        return await self._arun(self._steps.clear(prefix))
-
-    async def ausage(self, prefix: bytes = b"") -> Usage:  # noqa: D102
-        return await self._arun(self._steps.usage(prefix))
 
 
 def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:

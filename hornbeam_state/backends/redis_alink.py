@@ -64,9 +64,8 @@ class AsyncLink:
                     request = work.send(await self._answer(pools, request))
         except StopIteration as stop:
             return cast("T", stop.value)
-        except BaseException:
+        finally:
             work.close()
-            raise
 
     async def _answer(self, pools: LoopPools, request: Send | Together | Inquiry | Pause) -> Any:
         match request:

@@ -49,7 +49,7 @@ class SyncConnection(Protocol):
     def pack_command(self, *words: bytes) -> list[bytes]: ...  # noqa: D102
     def pack_commands(self, commands: Sequence[Sequence[bytes]]) -> list[bytes]: ...  # noqa: D102
     def send_packed_command(self, data: list[bytes], *, check_health: bool) -> None: ...  # noqa: D102
-    def read_response(self) -> Any: ...  # noqa: D102
+    def read_response(self, *, push_request: bool = False) -> Any: ...  # noqa: D102
     def update_current_socket_timeout(self, relaxed_timeout: float) -> None: ...  # noqa: D102
 
     socket_timeout: float
@@ -108,7 +108,9 @@ class Connector:
         except (TypeError, ValueError, driver.RedisError) as error:
             raise ConfigError(f"store URL {config.safe_url}: {error}") from None
 
-    def open(self, address: Address, seconds: float | None = None) -> SyncConnection:
+    def open(
+        self, address: Address, seconds: float | None = None, *, protocol: int = 2
+    ) -> SyncConnection:
         """Return a new connection to a data node.
 
         Behind Sentinel it is one to a primary: each is asked for its role, since what was known
@@ -118,11 +120,12 @@ class Connector:
             address: The node.
             seconds: Most seconds for connecting, and then for each reply; else `timeout`. Later
                 replies have `timeout` either way.
+            protocol: The version of RESP; 3 for a connection on which the server pushes.
 
         Raises:
             RedisError, OSError: it failed; `ReadOnlyError` when the server is no primary.
         """
-        connection = self.visit(address, seconds or self.timeout)
+        connection = self.visit(address, seconds or self.timeout, protocol=protocol)
         connection.connect()
         if self._must_be_primary:
             try:
@@ -134,11 +137,17 @@ class Connector:
         connection.update_current_socket_timeout(self.timeout)
         return connection
 
-    def visit(self, address: Address, seconds: float, *, sentinel: bool = False) -> SyncConnection:
+    def visit(
+        self, address: Address, seconds: float, *, sentinel: bool = False, protocol: int = 2
+    ) -> SyncConnection:
         """Return a connection, not connected yet, with a timeout of its own."""
         options = self._sentinel if sentinel else self._options
-        timeouts = {"socket_connect_timeout": seconds, "socket_timeout": seconds}
-        return cast("SyncConnection", self._kind(**options | _place(address) | timeouts))
+        own = {
+            "socket_connect_timeout": seconds,
+            "socket_timeout": seconds,
+            "protocol": protocol,
+        }
+        return cast("SyncConnection", self._kind(**options | _place(address) | own))
 
     def make_async(self, address: Address) -> AsyncConnection:
         """Return an asyncio connection to a data node, to be opened with `open_async`."""

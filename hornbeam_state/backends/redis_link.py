@@ -75,14 +75,18 @@ class Link:
         """
         return self.dial_to(self._carry_out(self._routes.locate(bucket)))
 
-    def dial_to(self, address: Address) -> SyncConnection:
+    def dial_to(self, address: Address, *, protocol: int = 2) -> SyncConnection:
         """Return a new connection to one of `primaries`; it is the caller's to close.
+
+        Args:
+            address: The server.
+            protocol: The version of RESP; 3 for a connection on which the server pushes.
 
         Raises:
             StoreUnavailable: the server could not be reached in time, or refused.
         """
         try:
-            return self._connector.open(address)
+            return self._connector.open(address, protocol=protocol)
         except FAILURES as error:
             self._routes.lost(address)
             outcome = explained(Stage.CONNECTING, error)
@@ -111,9 +115,8 @@ class Link:
                     request = work.send(self._answer(request))
         except StopIteration as stop:
             return cast("T", stop.value)
-        except BaseException:
-            work.close()
-            raise
+        finally:
+            work.close()  # now, whatever holds on to an error
 
     def _answer(self, request: Send | Together | Inquiry | Pause) -> Any:
         match request:

@@ -43,7 +43,7 @@ _PAGE: Final = b"1000"
 _FOREVER_MS: Final = 10**14
 _LONGEST_TTL_MS: Final = 10**13  # 317 years; Redis refuses times far beyond
 _NO_KEY: Final = -2
-_NO_EXPIRY: Final = -1
+NO_EXPIRY: Final = -1
 
 
 class Command(NamedTuple):
@@ -187,7 +187,8 @@ def _grouped(
     return grouped
 
 
-def _by_bucket(keys: Iterable[bytes]) -> defaultdict[int, list[bytes]]:
+def by_bucket(keys: Iterable[bytes]) -> defaultdict[int, list[bytes]]:
+    """Return keys by the bucket that they live in."""
     return _grouped(keys, bucket_of)
 
 
@@ -250,21 +251,21 @@ class SpaceSteps:
         return values  # type: ignore[no-any-return]
 
     def _get_by_bucket(self, keys: Sequence[bytes]) -> Steps[list[bytes | None]]:
-        by_bucket = _by_bucket(keys)
+        grouped = by_bucket(keys)
         commands = [
             Command((b"MGET", *map(self._value, members)), bucket)
-            for bucket, members in by_bucket.items()
+            for bucket, members in grouped.items()
         ]
         replies = yield from ask(*commands, repeatable=True)
         found: dict[bytes, bytes | None] = {}
-        for members, values in zip(by_bucket.values(), replies, strict=True):
+        for members, values in zip(grouped.values(), replies, strict=True):
             found.update(zip(members, values, strict=True))
         return [found[key] for key in keys]
 
     def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
         """Write values: one script for each bucket, all in one transaction but on a Cluster."""
         commands = [
-            self._write(bucket, keys, items, ttl) for bucket, keys in _by_bucket(items).items()
+            self._write(bucket, keys, items, ttl) for bucket, keys in by_bucket(items).items()
         ]
         if self._cluster and commands:
             yield from ask(*commands)
@@ -301,7 +302,7 @@ class SpaceSteps:
         [left] = yield from ask(command, repeatable=True)
         if left == _NO_KEY:
             raise KeyError(key)
-        return None if left == _NO_EXPIRY or left > _LONGEST_TTL_MS else left / 1000
+        return None if left == NO_EXPIRY or left > _LONGEST_TTL_MS else left / 1000
 
 
 class IndexedSteps(SpaceSteps):
