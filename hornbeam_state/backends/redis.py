@@ -19,8 +19,9 @@ from hornbeam_state.backends.base import SPACES, Space, Usage
 from hornbeam_state.backends.directory import runtime_directory
 from hornbeam_state.backends.redis_alink import AsyncLink
 from hornbeam_state.backends.redis_errors import may_have_happened
-from hornbeam_state.backends.redis_link import Link, Policy, connectors
+from hornbeam_state.backends.redis_link import Link, Policy, connectors, database_of
 from hornbeam_state.backends.redis_locks import Keeper, Lease, upkeep
+from hornbeam_state.backends.redis_messages import Messages
 from hornbeam_state.backends.redis_steps import Batch, Command, Steps, space_steps
 from hornbeam_state.errors import StoreUnavailable
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from hornbeam_state.backends.base import Topics
+    from hornbeam_state.backends.redis_inbox import RedisInbox
     from hornbeam_state.config import StoreConfig
 
 _OLDEST: Final = {"redis": (6, 2), "valkey": (7, 2)}
@@ -56,6 +59,7 @@ class RedisBackend:
         self._alink = AsyncLink(self._policy, amake)
         self._spaces = {space: RedisKeyspace(space, self._link, self._alink) for space in SPACES}
         self._keeper = Keeper(self._maintain)
+        self._messages = self._new_messages()
         after_fork = partial(_call_if_alive, weakref.WeakMethod(self._after_fork))
         os.register_at_fork(after_in_child=after_fork)
 
@@ -101,14 +105,42 @@ class RedisBackend:
             raise
         return self._held(lease) if taken else None
 
+    def publish(self, topic: bytes, payload: bytes) -> int:
+        """Hand a message to every subscription that matches; return how many there were.
+
+        Raises:
+            StoreUnavailable: the message says whether it may have been published nevertheless.
+        """
+        return self._link.run(self._messages.publish(topic, payload))
+
+    async def apublish(self, topic: bytes, payload: bytes) -> int:
+        """Awaitable twin of `publish`."""
+        return await self._alink.run(self._messages.publish(topic, payload))
+
+    def subscribe(self, topics: Topics, maxsize: int) -> RedisInbox:
+        """Collect from now on the messages on these topics, at most `maxsize` at a time.
+
+        One is delivered once at most: what is published while the connection is lost is lost.
+        """
+        return self._messages.subscribe(topics, maxsize)
+
+    async def asubscribe(self, topics: Topics, maxsize: int) -> RedisInbox:
+        """Awaitable twin of `subscribe`."""
+        return await self._messages.asubscribe(topics, maxsize)
+
     def close(self) -> None:
-        """Release connections; a later call opens them again. Held locks stay held."""
+        """Release connections and end subscriptions; a later call opens connections again.
+
+        Held locks stay held.
+        """
+        self._messages.close()
         self._keeper.rest()
         self._link.close()
         self._alink.close()
 
     async def aclose(self) -> None:
         """Awaitable twin of `close`."""
+        await self._messages.aclose()
         self._keeper.rest()
         self._link.close()
         await self._alink.aclose()
@@ -122,6 +154,9 @@ class RedisBackend:
         if may_have_happened(error):
             self._keeper.abandon(lease)
 
+    def _new_messages(self) -> Messages:
+        return Messages(self._policy, self._link, database_of(self._config))
+
     def _maintain(self, leases: Sequence[Lease]) -> list[Any]:
         return self._link.run(upkeep(leases))
 
@@ -131,6 +166,8 @@ class RedisBackend:
         self._alink.after_fork()
         # The parent's locks are the parent's: a new keeper knows none of them.
         self._keeper = Keeper(self._maintain)
+        self._messages.after_fork()
+        self._messages = self._new_messages()
 
 
 class RedisLock:

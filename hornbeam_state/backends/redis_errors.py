@@ -70,7 +70,8 @@ _REPLIES: Final[tuple[tuple[type[Exception], str, str], ...]] = (
     (
         driver.NoPermissionError,
         "NOPERM ",
-        "does not let this user do that: allow it all commands on the keys hb:* (ACL SETUSER)",
+        "does not let this user do that: allow it all commands on the keys hb:* and the channels "
+        "hb:*, for topics that end in * on all channels (ACL SETUSER)",
     ),
     (
         driver.MovedError,

@@ -35,6 +35,7 @@ from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Callable, Sequence
 
     from hornbeam_state.backends.redis_steps import Batch, Steps
@@ -60,6 +61,8 @@ _OWN_OPTIONS: Final = (
 
 class SyncConnection(Protocol):
     """What is used of redis-py's connections."""
+
+    _sock: socket.socket
 
     def connect(self) -> None: ...  # noqa: D102
     def disconnect(self) -> None: ...  # noqa: D102
@@ -196,6 +199,26 @@ class Link:
         connection.connect()
         return connection
 
+    def dial(self, bucket: int = 0) -> SyncConnection:  # noqa: ARG002 - one server has all of them
+        """Return a connection of the caller's own, to the server that writes to `bucket`.
+
+        It is open, and no other call uses it.
+
+        Raises:
+            StoreUnavailable: the server could not be reached in time, or refused.
+        """
+        connection = self._make()
+        try:
+            connection.connect()
+        except FAILURES as error:
+            connection.disconnect()
+            reason = self._policy.explain(Stage.CONNECTING, error)
+            if isinstance(reason, Interrupted):
+                where, timeout = self._policy.where, self._policy.timeout
+                raise unreachable(reason, where, timeout, write=False) from reason
+            raise reason from error
+        return connection
+
     def close(self) -> None:
         """Close the idle connections; those in use close when their call ends."""
         idle, self._idle = self._idle, []
@@ -241,6 +264,12 @@ def connectors(
     except (TypeError, ValueError, driver.RedisError) as error:
         raise ConfigError(f"store URL {config.safe_url}: {error}") from None
     return make, amake
+
+
+def database_of(config: StoreConfig) -> int:
+    """Return the number of the database that the store is in."""
+    _, options = _parsed(sync_driver, config)
+    return int(options.get("db") or 0)
 
 
 def _parsed(module: Any, config: StoreConfig) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -128,6 +128,11 @@ def bucket_of(key: bytes) -> int:
     return crc32(key) % BUCKETS
 
 
+def literally(text: bytes) -> bytes:
+    """Return the glob pattern that matches `text` and nothing else."""
+    return re.sub(rb"([\\*?\[\]])", rb"\\\1", text)
+
+
 def names(suffix: bytes) -> tuple[bytes, ...]:
     """Return a name for each bucket."""
     return tuple(b"hb:{b%02d}:%s" % (bucket, suffix) for bucket in range(BUCKETS))
@@ -333,7 +338,7 @@ class CacheSteps(SpaceSteps):
                 return removed
 
     def _scan(self, prefix: bytes, cursor: bytes) -> Steps[tuple[bytes, list[bytes]]]:
-        pattern = b"hb:{b[0-9][0-9]}:c:" + re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
+        pattern = b"hb:{b[0-9][0-9]}:c:" + literally(prefix) + b"*"
         words = (b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _PAGE)
         [(cursor, page)] = yield from ask(Command(words), repeatable=True)
         return cursor, page
