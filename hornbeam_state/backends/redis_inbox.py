@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from hornbeam_state.backends.base import INBOX_BYTES
 from hornbeam_state.backends.readiness import Readiness
+from hornbeam_state.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from hornbeam_state.errors import StoreError
 
 
 class RedisInbox:
@@ -60,17 +59,15 @@ class RedisInbox:
         """
         if self._process != os.getpid():  # the lock may have been held during the fork
             return None
-        with self._lock:
-            if self._messages:
-                message = self._messages.popleft()
-                self._bytes -= len(message[1])
-                return message
-            error, self._error = self._error, None
-            if error is None and not self._closed:
-                self._ready.clear()
-        if error is not None:
-            raise error
-        return None
+        found = self._oldest()
+        if found is None and not self._closed:
+            self._ready.clear()
+            found = self._oldest()  # what came before it was cleared would else wait unseen
+            if found is not None or self._closed:
+                self._ready.set()
+        if isinstance(found, StoreError):
+            raise found
+        return found
 
     def fileno(self) -> int:
         """Return a descriptor to wait on: readable from when there is something to take."""
@@ -87,18 +84,29 @@ class RedisInbox:
 
     # For the listener.
 
-    def put(self, topic: bytes, payload: bytes) -> None:
-        """Add a message, in place of the oldest ones when it is full."""
+    def put(self, topic: bytes, payload: bytes) -> bool:
+        """Add a message, in place of the oldest ones when it is full.
+
+        Returns:
+            Whether it is to be announced.
+        """
         with self._lock:
             if self._closed:
-                return
-            if not self._messages:
-                self._ready.set()
+                return False
             self._messages.append((topic, payload))
             self._bytes += len(payload)
             while len(self._messages) > self._maxsize or self._is_too_heavy():
                 self._bytes -= len(self._messages.popleft()[1])
                 self._dropped += 1
+            return len(self._messages) == 1
+
+    def announce(self) -> None:
+        """Wake those who wait.
+
+        It is apart from `put` because it lets other threads run: once for many messages, so that
+        a busy process does not hold up the listener at each of them.
+        """
+        self._ready.set()
 
     def lost(self) -> None:
         """Count a gap."""
@@ -108,9 +116,8 @@ class RedisInbox:
     def fail(self, error: StoreError) -> None:
         """Have `take` raise the error once it has returned what came before."""
         with self._lock:
-            if not self._closed:
-                self._error = error
-                self._ready.set()
+            self._error = None if self._closed else error
+        self._ready.set()
 
     def recover(self) -> None:
         """Take an error back that nobody has seen yet."""
@@ -126,8 +133,17 @@ class RedisInbox:
             self._messages.clear()
             self._bytes = 0
             self._error = None
-            self._ready.set()
-            return True
+        self._ready.set()
+        return True
+
+    def _oldest(self) -> tuple[bytes, bytes] | StoreError | None:
+        with self._lock:
+            if self._messages:
+                message = self._messages.popleft()
+                self._bytes -= len(message[1])
+                return message
+            error, self._error = self._error, None
+            return error
 
     def _is_too_heavy(self) -> bool:
         return self._bytes > INBOX_BYTES and len(self._messages) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import selectors
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +10,7 @@ from redis.exceptions import ResponseError
 
 from hornbeam_state.backends.redis_channels import Coverage
 from hornbeam_state.backends.redis_errors import FAILURES, Interrupted, Stage, refused, unreachable
+from hornbeam_state.backends.redis_outage import Outage
 from hornbeam_state.backends.redis_session import Session, settle
 from hornbeam_state.backends.redis_wire import Wire
 from hornbeam_state.errors import StoreError, StoreUnavailable
@@ -25,19 +25,7 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.redis_session import Member
 
 LINGER: Final = 1.0  # seconds that a connection is kept when its last subscription has gone
-PATIENCE: Final = (
-    5  # timeouts of silence before a PING, and again before the connection is given up
-)
-_FIRST_PAUSE: Final = 0.1
-_LONGEST_PAUSE: Final = 2.0
-
-
-def pause_before(attempt: int) -> float:
-    """Return the seconds before a connection is made again: none, then ever more, up to two."""
-    if attempt == 0:
-        return 0.0
-    longest = min(_FIRST_PAUSE * 2.0 ** min(attempt - 1, 10), _LONGEST_PAUSE)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - so that not all come at once
+PATIENCE: Final = 5  # timeouts of silence before a PING, and again until the connection is lost
 
 
 class Lane:
@@ -69,18 +57,20 @@ class Lane:
         self._open: tuple[Wire, Session] | None = None
         self._opened_at = 0.0
         self._dialling = False
-        self._attempt = 0
-        self._next_try = 0.0
         self._idle_since = 0.0
         self._draining = False
-        self._down_since: float | None = None
-        self._told = False
+        self._outage = Outage(policy.timeout)
         self._error: StoreError | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is left of it."""
         return not (self._members or self._open or self._dialling)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server may send something."""
+        return self._open is not None
 
     def fits(self, topics: Topics) -> bool:
         """Return whether a subscription to `topics` may join."""
@@ -91,7 +81,7 @@ class Lane:
         self._members[member] = None
         self._coverage.add(member.topics)
         if self._open is None:
-            self._next_try = now  # somebody waits for it
+            self._outage.next_try = now  # somebody waits for it
         else:
             self._open[1].subscribe(member, now)
             self._flush(now)
@@ -130,7 +120,7 @@ class Lane:
         self._dialling = False
         if isinstance(outcome, StoreError):
             self._error = outcome
-            self._wait_for_next_try(now)
+            self._outage.failed(now)
             for member in list(self._members):
                 if not member.begun.done():
                     self._remove(member, now)
@@ -162,13 +152,16 @@ class Lane:
         if self._open is not None:
             _, session = self._open
             due = self._watch(session, now) if self._members else self._retire(session, now)
-        elif self._members and not self._dialling and now >= self._next_try:
-            self._dialling = True
-            self._dial(self)
+        elif self._dialling or not self._members:
             due = math.inf
+        elif now < self._outage.next_try:
+            due = self._outage.next_try
         else:
-            due = math.inf if self._dialling or not self._members else self._next_try
-        return min(due, self._tell(now))
+            due, self._dialling = math.inf, True
+            self._dial(self)
+        if self._outage.must_tell(now):
+            self._tell()
+        return min(due, self._outage.tell_at())
 
     def after_fork(self) -> None:
         """Close the child's copy of the connection."""
@@ -189,42 +182,37 @@ class Lane:
             self._lose(TimeoutError("it was silent for too long"), now)
             return now
         if now >= silent_since + self._timeout:
-            if self._down_since is None:
-                self._down_since = silent_since
+            self._outage.begin(silent_since)
             return silent_since + patience
         return silent_since + self._timeout
 
     def _retire(self, session: Session, now: float) -> float:
         """Close a connection that no subscription needs any more."""
-        answered = session.silent_since is None
-        due = self._idle_since + (self._timeout if self._draining else LINGER)
-        if now >= due or (self._draining and answered):
+        silent_since = session.silent_since
+        if not self._draining:
+            due = self._idle_since + LINGER
+        else:
+            due = now if silent_since is None else silent_since + self._timeout
+        if now >= due:
             self._hang_up()
-            return now
         return due
 
-    def _tell(self, now: float) -> float:
-        """Let the readers know when the server has been away for longer than a call waits."""
-        if self._down_since is None or self._told:
-            return math.inf
-        if now < self._down_since + self._timeout:
-            return self._down_since + self._timeout
-        self._told = True
+    def _tell(self) -> None:
+        """Let the readers know that the server has been away for longer than a call waits."""
         error = self._error or self._explained(TimeoutError())
         for member in self._members:
             inbox = member.inbox()
             if inbox is not None and member.has_begun:
                 inbox.fail(_copy(error))
-        return math.inf
 
     def _recover(self) -> None:
-        """Note that all members are subscribed."""
-        if self._down_since is None:
-            return
-        self._down_since, self._told, self._error = None, False, None
-        for member in self._members:
-            if (inbox := member.inbox()) is not None:
-                inbox.recover()
+        """Note that the server has answered everything."""
+        self._error = None
+        if self._outage.end():
+            for member in self._members:
+                inbox = member.inbox()
+                if inbox is not None:
+                    inbox.recover()
 
     def _refuse(self, member: Member, error: ResponseError, now: float) -> None:
         """Give up on a member that the server does not let subscribe."""
@@ -253,15 +241,12 @@ class Lane:
             return
         self._hang_up()
         self._error = self._explained(error)
-        if self._down_since is None:
-            self._down_since = now
+        self._outage.begin(now)
+        self._outage.failed(now, lasted=now - self._opened_at)
         for member in self._members:
             inbox = member.inbox()
             if inbox is not None and member.has_begun and not member.unanswered:
                 inbox.lost()
-        if now >= self._opened_at + _LONGEST_PAUSE:
-            self._attempt = 0
-        self._wait_for_next_try(now)
 
     def _hang_up(self) -> None:
         if self._open is not None:
@@ -270,10 +255,6 @@ class Lane:
             self._selector.unregister(wire)
             wire.close()
             session.end()
-
-    def _wait_for_next_try(self, now: float) -> None:
-        self._next_try = now + pause_before(self._attempt)
-        self._attempt += 1
 
     def _remove(self, member: Member, now: float) -> None:
         del self._members[member]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hornbeam_state.backends.readiness import Readiness
 from hornbeam_state.backends.redis_lane import Lane
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.redis_channels import Naming
     from hornbeam_state.backends.redis_link import Policy, SyncConnection
     from hornbeam_state.backends.redis_session import Member
+
+_DIALS: Final = 8  # connections that are being made at a time
 
 
 class Reader:
@@ -50,6 +52,8 @@ class Reader:
         self._lanes: list[Lane] = []
         self._homes: dict[Member, Lane] = {}
         self._draining: list[tuple[Future[None], list[Lane]]] = []
+        self._to_dial: deque[Lane] = deque()
+        self._dialling = 0
         self._due = 0.0
         self._lock = threading.Lock()
         self._requests: deque[Callable[[float], None]] = deque()
@@ -166,14 +170,20 @@ class Reader:
     def _drain(self, done: Future[None], now: float) -> None:
         for lane in self._lanes:
             lane.drain(now)
-        self._draining.append((done, list(self._lanes)))
+        self._draining.append((done, [lane for lane in self._lanes if lane.is_connected]))
 
     def _dial(self, lane: Lane) -> None:
-        work = partial(self._connect, lane)
-        try:
-            threading.Thread(target=work, name="hornbeam-messages-dial", daemon=True).start()
-        except RuntimeError as error:
-            self._dialled(lane, StoreUnavailable(f"{self._policy.where}: {error}"))
+        self._to_dial.append(lane)
+        self._start_dialling()
+
+    def _start_dialling(self) -> None:
+        while self._to_dial and self._dialling < _DIALS:
+            work = partial(self._connect, self._to_dial.popleft())
+            self._dialling += 1
+            try:
+                threading.Thread(target=work, name="hornbeam-messages-dial", daemon=True).start()
+            except RuntimeError as error:
+                self._report(work.args[0], self._no_connection(error))
 
     def _connect(self, lane: Lane) -> None:
         try:
@@ -181,13 +191,21 @@ class Reader:
         except StoreError as error:
             outcome = error
         except BaseException as error:
-            self._dialled(lane, StoreUnavailable(f"{self._policy.where}: {error!r}"))
+            self._report(lane, self._no_connection(error))
             raise
-        self._dialled(lane, outcome)
+        self._report(lane, outcome)
 
-    def _dialled(self, lane: Lane, outcome: SyncConnection | StoreError) -> None:
-        self._requests.append(partial(lane.dialled, outcome))
+    def _report(self, lane: Lane, outcome: SyncConnection | StoreError) -> None:
+        self._requests.append(partial(self._dialled, lane, outcome))
         self._wake.set()
+
+    def _dialled(self, lane: Lane, outcome: SyncConnection | StoreError, now: float) -> None:
+        self._dialling -= 1
+        self._start_dialling()
+        lane.dialled(outcome, now)
+
+    def _no_connection(self, error: BaseException) -> StoreUnavailable:
+        return StoreUnavailable(f"{self._policy.where}: no connection for messages: {error!r}")
 
     def _give_up(self) -> None:
         """Leave nobody waiting, after a fault of ours."""

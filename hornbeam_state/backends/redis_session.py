@@ -10,7 +10,7 @@ import contextlib
 from collections import deque
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import InvalidResponse, ResponseError
 
@@ -93,6 +93,7 @@ class Session:
         self._replies = Replies()
         self._asked: deque[_Asked] = deque()
         self._routes: dict[tuple[bytes, bytes], Member] = {}
+        self._fresh: list[RedisInbox] = []  # inboxes that were empty
         self.heard = now
         self.output = bytearray()
 
@@ -127,8 +128,21 @@ class Session:
             InvalidResponse: this is no answer to what was asked.
         """
         self.heard = now
+        try:
+            return self._read(self._replies.feed(data))
+        finally:
+            for inbox in self._fresh:
+                inbox.announce()
+            self._fresh.clear()
+
+    def end(self) -> None:
+        """Let nobody wait for an answer that cannot come any more."""
+        for asked in self._asked:
+            settle(asked.done)
+
+    def _read(self, replies: list[Any]) -> list[tuple[Member, ResponseError]]:
         refusals = []
-        for reply in self._replies.feed(data):
+        for reply in replies:
             if isinstance(reply, ResponseError):
                 refusals += self._refused(reply)
             elif reply in _PONGS:
@@ -141,11 +155,6 @@ class Session:
                 self._took_effect(reply[0], reply[1])
         return refusals
 
-    def end(self) -> None:
-        """Let nobody wait for an answer that cannot come any more."""
-        for asked in self._asked:
-            settle(asked.done)
-
     def _ask(self, asked: _Asked, channels: tuple[bytes, ...]) -> None:
         if channels:
             self.output += command(asked.kind.upper(), *channels)
@@ -156,8 +165,8 @@ class Session:
         channel, payload = rest if kind == b"pmessage" else (asked_for, *rest)
         member = self._routes.get((kind, asked_for))
         inbox = None if member is None else member.inbox()
-        if inbox is not None:
-            inbox.put(self._naming.topic(channel), payload)
+        if inbox is not None and inbox.put(self._naming.topic(channel), payload):
+            self._fresh.append(inbox)
 
     def _took_effect(self, kind: bytes, channel: bytes) -> None:
         """Take note of a change to one channel, from which on its messages go elsewhere."""

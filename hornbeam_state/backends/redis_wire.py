@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from hornbeam_state.backends.redis_link import SyncConnection
 
-_CHUNK: Final = 65536
+_CHUNK: Final = 1024 * 1024  # each call lets other threads run, and must wait for them after
 _LATER: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
