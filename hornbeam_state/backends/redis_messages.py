@@ -98,12 +98,13 @@ class Messages:
         member = Member(topics, self._naming.channels(topics))
         try:
             yield self._join(member, maxsize), member.begun
+        except TimeoutError as error:
+            self._let_go(member)
+            self._policy.breaker.failed(started, time.monotonic())
+            raise self._timed_out(error) from error
         except BaseException as error:
             self._let_go(member)
-            if isinstance(error, TimeoutError):
-                self._policy.breaker.failed(started, time.monotonic())
-                raise self._timed_out(error) from error
-            if isinstance(error.__cause__, Interrupted):
+            if isinstance(error.__cause__, Interrupted):  # out of reach, and not a refusal
                 self._policy.breaker.failed(started, time.monotonic())
             raise
         self._policy.breaker.succeeded()

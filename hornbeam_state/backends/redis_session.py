@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.redis_channels import Channels, Naming
     from hornbeam_state.backends.redis_inbox import RedisInbox
 
-_DELIVERS: Final = (b"message", b"pmessage")
 _BEGINS: Final = {b"subscribe": b"message", b"psubscribe": b"pmessage"}
 _ENDS: Final = {b"unsubscribe": b"message", b"punsubscribe": b"pmessage"}
-_PONGS: Final = (b"PONG", [b"pong", b""])  # the second one while there are subscriptions
 
 
 def _nobody() -> None:
@@ -127,6 +125,8 @@ class Session:
         Raises:
             InvalidResponse: this is no answer to what was asked.
         """
+        if not data:
+            return []
         self.heard = now
         try:
             return self._read(self._replies.feed(data))
@@ -143,16 +143,19 @@ class Session:
     def _read(self, replies: list[Any]) -> list[tuple[Member, ResponseError]]:
         refusals = []
         for reply in replies:
-            if isinstance(reply, ResponseError):
-                refusals += self._refused(reply)
-            elif reply in _PONGS:
-                self._answered(b"pong")
-            elif not isinstance(reply, list) or len(reply) < 3:  # noqa: PLR2004 - kind, channel, ...
-                raise InvalidResponse("Protocol Error: not a reply of Pub/Sub")
-            elif reply[0] in _DELIVERS:
-                self._deliver(*reply)
-            else:
-                self._took_effect(reply[0], reply[1])
+            match reply:
+                case [b"message", bytes(channel), bytes(payload)]:
+                    self._deliver((b"message", channel), channel, payload)
+                case [b"pmessage", bytes(pattern), bytes(channel), bytes(payload)]:
+                    self._deliver((b"pmessage", pattern), channel, payload)
+                case [bytes(kind), bytes(channel), int()]:
+                    self._took_effect(kind, channel)
+                case b"PONG" | [b"pong", b""]:  # the second one while there are subscriptions
+                    self._answered(b"pong")
+                case ResponseError():
+                    refusals += self._refused(reply)
+                case _:
+                    raise InvalidResponse("Protocol Error: not a reply of Pub/Sub")
         return refusals
 
     def _ask(self, asked: _Asked, channels: tuple[bytes, ...]) -> None:
@@ -160,10 +163,8 @@ class Session:
             self.output += command(asked.kind.upper(), *channels)
             self._asked.append(asked)
 
-    def _deliver(self, kind: bytes, asked_for: bytes, *rest: bytes) -> None:
-        """Hand a message over; of a pattern, the channel stands behind it."""
-        channel, payload = rest if kind == b"pmessage" else (asked_for, *rest)
-        member = self._routes.get((kind, asked_for))
+    def _deliver(self, route: tuple[bytes, bytes], channel: bytes, payload: bytes) -> None:
+        member = self._routes.get(route)
         inbox = None if member is None else member.inbox()
         if inbox is not None and inbox.put(self._naming.topic(channel), payload):
             self._fresh.append(inbox)

@@ -212,6 +212,8 @@ class TestSession:
         session.ping(6.0)
         session.ping(7.0)
         assert session.silent_since == 6.0
+        session.received(b"", 7.5)
+        assert session.silent_since == 6.0
         session.received(b"*2\r\n", 8.0)
         assert session.silent_since == 8.0
         session.received(b"$4\r\npong\r\n$0\r\n\r\n+PONG\r\n", 9.0)
