@@ -155,7 +155,7 @@ class RedisBackend:
             self._keeper.abandon(lease)
 
     def _new_messages(self) -> Messages:
-        return Messages(self._policy, self._link, database_of(self._config))
+        return Messages(self._config, self._link.dial, database_of(self._config))
 
     def _maintain(self, leases: Sequence[Lease]) -> list[Any]:
         return self._link.run(upkeep(leases))

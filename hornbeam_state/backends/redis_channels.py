@@ -46,7 +46,8 @@ class Naming:
 
     def publish(self, topic: bytes, payload: bytes) -> Steps[int]:
         """Publish a message; return the number of subscriptions that got it."""
-        # Subscriptions are at the primary of bucket 0, and a node counts only its own.
+        # In bucket 0, though there is no key: the subscriptions are at the primary of that bucket,
+        # and a node of a Cluster counts only those that are its own.
         [count] = yield from ask(Command((b"PUBLISH", self.channel(topic), payload)))
         return int(count)
 

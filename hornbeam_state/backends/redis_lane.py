@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from hornbeam_state.backends.base import Topics
     from hornbeam_state.backends.redis_channels import Naming
-    from hornbeam_state.backends.redis_link import Policy, SyncConnection
+    from hornbeam_state.backends.redis_link import SyncConnection
     from hornbeam_state.backends.redis_session import Member
+    from hornbeam_state.config import StoreConfig
 
 LINGER: Final = 1.0  # seconds that a connection is kept when its last subscription has gone
 PATIENCE: Final = 5  # timeouts of silence before a PING, and again until the connection is lost
@@ -34,7 +35,7 @@ class Lane:
     All of it happens on the reader's thread.
 
     Args:
-        policy: Of the backend.
+        config: Of the store.
         naming: How channels are named.
         selector: Where the connection is waited for; the data of its key is the lane.
         dial: Begins to make a connection; `dialled` is to be called with what came of it.
@@ -42,13 +43,13 @@ class Lane:
 
     def __init__(
         self,
-        policy: Policy,
+        config: StoreConfig,
         naming: Naming,
         selector: selectors.BaseSelector,
         dial: Callable[[Lane], None],
     ) -> None:
-        self._where = policy.where
-        self._timeout = policy.timeout
+        self._where = config.safe_url
+        self._timeout = config.timeout
         self._naming = naming
         self._selector = selector
         self._dial = dial
@@ -59,7 +60,7 @@ class Lane:
         self._dialling = False
         self._idle_since = 0.0
         self._draining = False
-        self._outage = Outage(policy.timeout)
+        self._outage = Outage(config.timeout)
         self._error: StoreError | None = None
 
     @property

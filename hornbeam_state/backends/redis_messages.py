@@ -15,19 +15,21 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from hornbeam_state.backends.breaker import Breaker
 from hornbeam_state.backends.redis_channels import Naming
-from hornbeam_state.backends.redis_errors import Interrupted, Stage, unreachable
+from hornbeam_state.backends.redis_errors import Interrupted, Stage, not_tried, unreachable
 from hornbeam_state.backends.redis_inbox import RedisInbox
 from hornbeam_state.backends.redis_reader import Reader
 from hornbeam_state.backends.redis_session import Member
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hornbeam_state.backends.base import Topics
-    from hornbeam_state.backends.redis_link import Link, Policy
+    from hornbeam_state.backends.redis_link import SyncConnection
     from hornbeam_state.backends.redis_steps import Steps
+    from hornbeam_state.config import StoreConfig
     from hornbeam_state.errors import StoreError
 
 _ON_A_LOOP: Final = 0.02  # seconds that closing may keep an event loop waiting
@@ -37,15 +39,18 @@ class Messages:
     """The messages of a backend. Thread-safe; the reading thread starts when it is needed.
 
     Args:
-        policy: Of the backend.
-        link: Where connections come from.
+        config: Of the store.
+        dial: Makes a connection, or raises a `StoreError`.
         database: Number of the database, which keeps its messages to itself.
     """
 
-    def __init__(self, policy: Policy, link: Link, database: int) -> None:
-        self._policy = policy
-        self._link = link
+    def __init__(
+        self, config: StoreConfig, dial: Callable[[], SyncConnection], database: int
+    ) -> None:
+        self._config = config
+        self._dial = dial
         self._naming = Naming(database)
+        self._breaker = Breaker(config.timeout)
         self._lock = threading.Lock()
         self._reader: Reader | None = None
 
@@ -60,13 +65,13 @@ class Messages:
             StoreUnavailable: it did not in time, or refused.
         """
         with self._begun(topics, maxsize) as (inbox, begun):
-            begun.result(self._policy.timeout)
+            begun.result(self._config.timeout)
         return inbox
 
     async def asubscribe(self, topics: Topics, maxsize: int) -> RedisInbox:
         """Awaitable twin of `subscribe`; cancelling it leaves nothing behind."""
         with self._begun(topics, maxsize) as (inbox, begun):
-            async with asyncio.timeout(self._policy.timeout):
+            async with asyncio.timeout(self._config.timeout):
                 await asyncio.wrap_future(begun)
         return inbox
 
@@ -81,7 +86,7 @@ class Messages:
         done: Future[None] = Future()
         if self._reader is not None and self._reader.drain(done):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._policy.timeout):
+                async with asyncio.timeout(self._config.timeout):
                     await asyncio.wrap_future(done)
 
     def after_fork(self) -> None:
@@ -94,20 +99,21 @@ class Messages:
     def _begun(self, topics: Topics, maxsize: int) -> Iterator[tuple[RedisInbox, Future[None]]]:
         """Begin a subscription, and undo it if it comes to nothing while it is waited for."""
         started = time.monotonic()
-        self._policy.admit(started)
+        if pause := self._breaker.wait(started):
+            raise not_tried(self._config.safe_url, pause)
         member = Member(topics, self._naming.channels(topics))
         try:
             yield self._join(member, maxsize), member.begun
         except TimeoutError as error:
             self._let_go(member)
-            self._policy.breaker.failed(started, time.monotonic())
+            self._breaker.failed(started, time.monotonic())
             raise self._timed_out(error) from error
         except BaseException as error:
             self._let_go(member)
             if isinstance(error.__cause__, Interrupted):  # out of reach, and not a refusal
-                self._policy.breaker.failed(started, time.monotonic())
+                self._breaker.failed(started, time.monotonic())
             raise
-        self._policy.breaker.succeeded()
+        self._breaker.succeeded()
 
     def _join(self, member: Member, maxsize: int) -> RedisInbox:
         try:
@@ -116,12 +122,12 @@ class Messages:
             weakref.finalize(inbox, self._let_go, member).atexit = False
             with self._lock:
                 if self._reader is None or not self._reader.join(member):
-                    reader = Reader(self._policy, self._naming, self._link.dial)
+                    reader = Reader(self._config, self._naming, self._dial)
                     reader.join(member)
                     reader.start()
                     self._reader = reader
         except (OSError, RuntimeError) as error:
-            raise StoreUnavailable(f"{self._policy.where}: cannot subscribe: {error}") from error
+            raise StoreUnavailable(f"{self._config.safe_url}: cannot subscribe: {error}") from error
         return inbox
 
     def _leave(self, member: Member) -> None:
@@ -136,11 +142,11 @@ class Messages:
 
     def _wait_briefly(self, done: Future[None]) -> None:
         with contextlib.suppress(TimeoutError):
-            done.result(_ON_A_LOOP if _is_on_a_loop() else self._policy.timeout)
+            done.result(_ON_A_LOOP if _is_on_a_loop() else self._config.timeout)
 
     def _timed_out(self, error: TimeoutError) -> StoreError:
         failure = Interrupted(Stage.CONNECTING, error)
-        return unreachable(failure, self._policy.where, self._policy.timeout, write=False)
+        return unreachable(failure, self._config.safe_url, self._config.timeout, write=False)
 
 
 def _is_on_a_loop() -> bool:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from hornbeam_state.backends.base import Topics
     from hornbeam_state.backends.redis_channels import Naming
-    from hornbeam_state.backends.redis_link import Policy, SyncConnection
+    from hornbeam_state.backends.redis_link import SyncConnection
     from hornbeam_state.backends.redis_session import Member
+    from hornbeam_state.config import StoreConfig
 
 _DIALS: Final = 8  # connections that are being made at a time
 
@@ -37,13 +38,15 @@ class Reader:
     on arriving through the others.
 
     Args:
-        policy: Of the backend.
+        config: Of the store.
         naming: How channels are named.
         dial: Makes a connection, or raises a `StoreError`.
     """
 
-    def __init__(self, policy: Policy, naming: Naming, dial: Callable[[], SyncConnection]) -> None:
-        self._policy = policy
+    def __init__(
+        self, config: StoreConfig, naming: Naming, dial: Callable[[], SyncConnection]
+    ) -> None:
+        self._config = config
         self._naming = naming
         self._make_connection = dial
         self._wake = Readiness()
@@ -156,7 +159,7 @@ class Reader:
         for lane in self._lanes:
             if lane.fits(topics):
                 return lane
-        lane = Lane(self._policy, self._naming, self._selector, self._dial)
+        lane = Lane(self._config, self._naming, self._selector, self._dial)
         self._lanes.append(lane)
         return lane
 
@@ -205,7 +208,7 @@ class Reader:
         lane.dialled(outcome, now)
 
     def _no_connection(self, error: BaseException) -> StoreUnavailable:
-        return StoreUnavailable(f"{self._policy.where}: no connection for messages: {error!r}")
+        return StoreUnavailable(f"{self._config.safe_url}: no connection for messages: {error!r}")
 
     def _give_up(self) -> None:
         """Leave nobody waiting, after a fault of ours."""
