@@ -171,7 +171,7 @@ class Subscription:
         return self.aopen().__await__()
 
     def _check(self) -> None:
-        if self._closed:
+        if self._closed or (self._inbox is not None and self._inbox.closed):
             raise _Closed("the subscription is closed")
         if self._process != os.getpid():
             raise RuntimeError("the subscription is the parent process's: subscribe in this one")

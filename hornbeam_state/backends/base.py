@@ -97,6 +97,11 @@ class Inbox(Protocol):
         """How often the connection was lost, and with it whatever was published meanwhile."""
         ...
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, by `close` or with its backend: nothing will come any more."""
+        ...
+
     def take(self) -> tuple[bytes, bytes] | None:
         """Remove and return the oldest message (topic, payload), or None; never waits.
 

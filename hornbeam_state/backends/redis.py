@@ -25,6 +25,7 @@ from hornbeam_state.backends.redis_errors import may_have_happened
 from hornbeam_state.backends.redis_keyspace import RedisKeyspace
 from hornbeam_state.backends.redis_link import Link
 from hornbeam_state.backends.redis_locks import Keeper, Lease, upkeep
+from hornbeam_state.backends.redis_messages import Messages
 from hornbeam_state.backends.redis_near import NearKeyspace, NearSteps
 from hornbeam_state.backends.redis_routes import Routes
 from hornbeam_state.backends.redis_sentinel import SentinelRoutes
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from hornbeam_state.backends.base import Topics
+    from hornbeam_state.backends.redis_inbox import RedisInbox
     from hornbeam_state.config import StoreConfig
 
 _OLDEST: Final = {"redis": (6, 2), "valkey": (7, 2)}
@@ -67,6 +70,7 @@ class RedisBackend:
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
         connector = Connector(config)
+        self._database = connector.database
         self._is_cluster = config.scheme.endswith("+cluster")
         self._routes = _routes(config, connector)
         self._link = Link(self._routes, connector)
@@ -75,6 +79,7 @@ class RedisBackend:
         self._tracker = Tracker(self._link, self._near, config.timeout, self._routes.where)
         self._spaces = {space: self._make_keyspace(space) for space in SPACES}
         self._keeper = Keeper(self._maintain)
+        self._messages = self._new_messages()
         after_fork = partial(_call_if_alive, weakref.WeakMethod(self._after_fork))
         os.register_at_fork(after_in_child=after_fork)
 
@@ -120,8 +125,35 @@ class RedisBackend:
             raise
         return self._held(lease) if taken else None
 
+    def publish(self, topic: bytes, payload: bytes) -> int:
+        """Hand a message to every subscription that matches; return how many there were.
+
+        Raises:
+            StoreUnavailable: the message says whether it may have been published nevertheless.
+        """
+        return self._link.run(self._messages.publish(topic, payload))
+
+    async def apublish(self, topic: bytes, payload: bytes) -> int:
+        """Awaitable twin of `publish`."""
+        return await self._alink.run(self._messages.publish(topic, payload))
+
+    def subscribe(self, topics: Topics, maxsize: int) -> RedisInbox:
+        """Collect from now on the messages on these topics, at most `maxsize` at a time.
+
+        One is delivered once at most: what is published while the connection is lost is lost.
+        """
+        return self._messages.subscribe(topics, maxsize)
+
+    async def asubscribe(self, topics: Topics, maxsize: int) -> RedisInbox:
+        """Awaitable twin of `subscribe`."""
+        return await self._messages.asubscribe(topics, maxsize)
+
     def close(self) -> None:
-        """Release connections; a later call opens them again. Held locks stay held."""
+        """Release connections and end subscriptions; a later call opens connections again.
+
+        Held locks stay held.
+        """
+        self._messages.close()
         self._keeper.rest()
         self._tracker.close()
         self._link.close()
@@ -129,6 +161,7 @@ class RedisBackend:
 
     async def aclose(self) -> None:
         """Awaitable twin of `close`."""
+        await self._messages.aclose()
         self._keeper.rest()
         self._tracker.stop()
         self._link.close()
@@ -153,6 +186,9 @@ class RedisBackend:
         if may_have_happened(error):
             self._keeper.abandon(lease)
 
+    def _new_messages(self) -> Messages:
+        return Messages(self._config, self._link.dial, self._database)
+
     def _maintain(self, leases: Sequence[Lease]) -> list[Any]:
         return self._link.run(upkeep(leases))
 
@@ -163,6 +199,8 @@ class RedisBackend:
         self._tracker.after_fork()
         # The parent's locks are the parent's: a new keeper knows none of them.
         self._keeper = Keeper(self._maintain)
+        self._messages.after_fork()
+        self._messages = self._new_messages()
 
 
 class RedisLock:

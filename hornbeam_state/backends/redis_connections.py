@@ -22,6 +22,7 @@ from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Callable, Sequence
 
     from hornbeam_state.backends.redis_steps import Command
@@ -42,6 +43,8 @@ _ROLE: Final = b"ROLE"
 
 class SyncConnection(Protocol):
     """What is used of redis-py's connections."""
+
+    _sock: socket.socket
 
     def connect(self) -> None: ...  # noqa: D102
     def disconnect(self) -> None: ...  # noqa: D102
@@ -75,6 +78,11 @@ class Connector:
     Args:
         config: The store.
 
+    Attributes:
+        timeout: Seconds for connecting, and for each reply.
+        address: The first server that the URL names.
+        database: The number of the database.
+
     Raises:
         ConfigError: the URL has an option that redis-py does not know.
     """
@@ -93,6 +101,7 @@ class Connector:
         self._kind, options = _parsed(sync_driver, config)
         self._async_kind, async_options = _parsed(async_driver, config)
         self.address = _address(options)
+        self.database = int(options.get("db") or 0)
         self._sentinel = _for_sentinels(options | common)
         self._async_sentinel = _for_sentinels(async_options | common)
         self._options = options | common | {"socket_timeout": self.timeout}

@@ -77,7 +77,10 @@ _REPLIES: Final[tuple[tuple[type[Exception], str, str], ...]] = (
     (
         driver.NoPermissionError,
         "NOPERM ",
-        "does not let this user do that: allow it all commands on the keys hb:* (ACL SETUSER)",
+        (
+            "does not let this user do that: allow it all commands on keys and channels hb:*, "
+            "and all channels for topics that end in * (ACL SETUSER)"
+        ),
     ),
     (
         driver.AskError,

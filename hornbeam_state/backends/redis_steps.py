@@ -192,6 +192,11 @@ def by_bucket(keys: Iterable[bytes]) -> defaultdict[int, list[bytes]]:
     return _grouped(keys, bucket_of)
 
 
+def literally(text: bytes) -> bytes:
+    """Return the glob pattern that matches `text` and nothing else."""
+    return re.sub(rb"([\\*?\[\]])", rb"\\\1", text)
+
+
 def names(suffix: bytes) -> tuple[bytes, ...]:
     """Return a name for each bucket."""
     return tuple(b"hb:{b%02d}:%s" % (bucket, suffix) for bucket in range(BUCKETS))
@@ -445,7 +450,7 @@ class CacheSteps(SpaceSteps):
                 return removed
 
     def _scan(self, prefix: bytes, cursor: bytes) -> Steps[tuple[bytes, list[bytes]]]:
-        pattern = b"hb:{b[0-9][0-9]}:c:" + re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*"
+        pattern = b"hb:{b[0-9][0-9]}:c:" + literally(prefix) + b"*"
         words = (b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _PAGE)
         [(cursor, page)] = yield from ask(Command(words), repeatable=True)
         return cursor, page

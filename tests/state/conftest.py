@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from message_helpers import TOPIC
 from redis_servers import Cluster, FakeServer, Server, Watched
+
+from hornbeam_state.backends.redis import RedisBackend
+from hornbeam_state.config import StoreConfig
 
 pytest.register_assert_rewrite("hornbeam_state.contract")
 
@@ -151,3 +156,27 @@ def make_fake():
     yield make
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def connect():
+    """Return what makes a backend on a server, and closes it after."""
+    backends: list[RedisBackend] = []
+
+    def make(url: str, timeout: float = 10.0) -> RedisBackend:
+        backends.append(RedisBackend(StoreConfig.from_url(url, timeout=timeout)))
+        return backends[-1]
+
+    yield make
+    for backend in backends:
+        backend.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def subscribing(request):
+    """How to subscribe: a test of it passes through both twins."""
+    if request.param == "sync":
+        return lambda backend, topics=TOPIC, maxsize=100: backend.subscribe(topics, maxsize)
+    return lambda backend, topics=TOPIC, maxsize=100: asyncio.run(
+        backend.asubscribe(topics, maxsize)
+    )
