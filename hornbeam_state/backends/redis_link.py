@@ -67,13 +67,17 @@ class Link:
         """
         return self._carry_out(self._routes.primaries())
 
-    def dial(self, bucket: int = 0) -> SyncConnection:
+    def dial(self, bucket: int = 0, *, protocol: int = 2) -> SyncConnection:
         """Return a new connection to the primary of a bucket; it is the caller's to close.
+
+        Args:
+            bucket: The bucket.
+            protocol: The version of RESP; 3 for a connection on which the server pushes.
 
         Raises:
             StoreUnavailable: the server could not be reached in time, or refused.
         """
-        return self.dial_to(self._carry_out(self._routes.locate(bucket)))
+        return self.dial_to(self._carry_out(self._routes.locate(bucket)), protocol=protocol)
 
     def dial_to(self, address: Address, *, protocol: int = 2) -> SyncConnection:
         """Return a new connection to one of `primaries`; it is the caller's to close.
@@ -116,7 +120,7 @@ class Link:
         except StopIteration as stop:
             return cast("T", stop.value)
         finally:
-            work.close()  # now, whatever holds on to an error
+            work.close()
 
     def _answer(self, request: Send | Together | Inquiry | Pause) -> Any:
         match request:

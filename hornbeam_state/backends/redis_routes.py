@@ -136,6 +136,8 @@ class Routes:
             return stop.value  # type: ignore[no-any-return]
         except driver.RedisError as error:
             raise self.refusal(error) from error
+        finally:
+            steps.close()  # now, whatever holds on to an error
 
     def primaries(self) -> Work[tuple[Address, ...]]:
         """Find out which servers hold the store."""

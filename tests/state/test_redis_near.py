@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -786,12 +787,12 @@ class TestSeveralServers:
 
         def make(*backends, timeout=0.5):
             near = NearCache(1024 * 1024)
-
-            def dial():
-                for backend in backends:
-                    yield backend._link.dial(protocol=3)
-
-            trackers.append(Tracker(dial, near, timeout, "somewhere"))
+            links = {str(number): backend._link for number, backend in enumerate(backends)}
+            several = SimpleNamespace(
+                primaries=lambda: tuple(links),
+                dial_to=lambda name, protocol: links[name].dial(protocol=protocol),
+            )
+            trackers.append(Tracker(several, near, timeout, "somewhere"))
             return trackers[-1], near
 
         yield make
