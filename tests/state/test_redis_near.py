@@ -933,7 +933,7 @@ class TestDial:
             connection.send_packed_command(data, check_health=False)
             assert connection.read_response() == b"PONG"
             connection.disconnect()
-        assert link._idle == []
+        assert link._pools == {}
 
     def test_failures_are_translated(self, make_fake, connect, tmp_path):
         fake = make_fake(lambda number, data: b"-NOAUTH no\r\n")
