@@ -110,7 +110,7 @@ class Link:
                 else:
                     request = work.send(self._answer(request))
         except StopIteration as stop:
-            return cast("T", stop.value)
+            return stop.value  # type: ignore[no-any-return]
         except BaseException:
             work.close()
             raise
@@ -212,7 +212,8 @@ class Pool:
                 pass
             else:
                 if not _is_stale(connection):
-                    _limit(connection, send.deadline)
+                    if send.deadline is not None:
+                        _limit(connection, send.deadline)
                     return connection
                 connection.disconnect()
         if send.idle:
@@ -243,7 +244,7 @@ class Exchange:
 
     Args:
         pool: Connections to the server.
-        send: What to send; with a deadline.
+        send: What to send.
     """
 
     def __init__(self, pool: Pool, send: Send) -> None:
@@ -272,7 +273,8 @@ class Exchange:
         try:
             replies = []
             for _ in self._send.commands:
-                _limit(connection, self._send.deadline)
+                if self._send.deadline is not None:
+                    _limit(connection, self._send.deadline)
                 replies.append(read(connection))
         except FAILURES as error:
             return explained(self._stage, error)
@@ -287,10 +289,9 @@ class Exchange:
             self._connection.disconnect()
 
 
-def _limit(connection: SyncConnection, deadline: float | None) -> None:
-    """Have the next send or read end by the deadline, if there is one."""
-    if deadline is not None:
-        connection.update_current_socket_timeout(_left(deadline))
+def _limit(connection: SyncConnection, deadline: float) -> None:
+    """Have the next send or read end by the deadline."""
+    connection.update_current_socket_timeout(_left(deadline))
 
 
 def _left(deadline: float) -> float:
