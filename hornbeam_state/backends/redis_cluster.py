@@ -97,13 +97,10 @@ class ClusterRoutes(Routes):
             turn.raise_failure()
             if not turn.todo:
                 break
+            if wait and is_late(deadline, self.timeout):
+                self._run_out(turn)
+                break
             if wait:
-                if is_late(deadline, self.timeout):
-                    answers = (turn.replies[index] for index in turn.todo)
-                    answer = next((reply for reply in answers if reply is not None), None)
-                    turn.fail(turn.todo, self._rearranged(turn, answer))
-                    turn.raise_failure()
-                    break
                 self._slots.doubt()
                 yield Pause(pause)
         return turn.replies
@@ -188,6 +185,13 @@ class ClusterRoutes(Routes):
             failure = Interrupted(Stage.WAITING, failure.error)
         where, write = self.named(part.address), not turn.batch.repeatable
         turn.fail(part.indexes, unreachable(failure, where, self.timeout, write=write), failure)
+
+    def _run_out(self, turn: Turn) -> None:
+        """Give up on what no node has answered in the end."""
+        answers = (turn.replies[index] for index in turn.todo)
+        answer = next((reply for reply in answers if reply is not None), None)
+        turn.fail(turn.todo, self._rearranged(turn, answer))
+        turn.raise_failure()
 
     def _rearranged(self, turn: Turn, answer: object) -> StoreError:
         write = turn.is_begun and not turn.batch.repeatable
