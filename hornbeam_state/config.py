@@ -321,12 +321,12 @@ def _hosts(parts: SplitResult) -> tuple[tuple[str, int], ...]:
 
 def _service(parts: SplitResult) -> str:
     """Return the name of the service in ``/service`` or ``/service/0``."""
-    service, _, database = parts.path.strip("/").partition("/")
+    service, _, database = parts.path.removeprefix("/").partition("/")
     if not service:
         raise ConfigError(
             f"store URL names no service: write {parts.scheme}://host:26379,host:26379/service/0"
         )
-    _check_database(database)
+    _check_database(database.strip("/"))
     return unquote(service)
 
 

@@ -63,7 +63,7 @@ class AsyncLink:
                 else:
                     request = work.send(await self._answer(pools, request))
         except StopIteration as stop:
-            return cast("T", stop.value)
+            return stop.value  # type: ignore[no-any-return]
         finally:
             work.close()
 
@@ -212,7 +212,8 @@ class LoopPool:
         self._connector = connector
         self._address = address
         self._idle: list[AsyncConnection] = []
-        self._open: set[AsyncConnection] = set()
+        # What asks the kernel whether there is anything to read on a connection.
+        self._open: dict[AsyncConnection, select.poll] = {}
         self._closed = False
 
     @property
@@ -224,19 +225,29 @@ class LoopPool:
         """Return a connection on which nothing is on its way; see `Send` for the arguments."""
         if not fresh and self._idle:
             connection = self._idle.pop()
-            if not await _is_stale(connection):
+            if not await self._is_stale(connection):
                 return connection
             await self.drop(connection)
         if idle:
             raise driver.ConnectionError("no connection is open")
         connection = self._connector.make_async(self._address)
-        self._open.add(connection)
+        self._open[connection] = poller = select.poll()
         try:
             await self._connector.open_async(connection)
+            poller.register(_descriptor(connection), select.POLLIN)
         except BaseException:
             await self.drop(connection)
             raise
         return connection
+
+    async def _is_stale(self, connection: AsyncConnection) -> bool:
+        try:
+            if await connection.can_read():
+                return True
+        except FAILURES:
+            return True
+        # The loop may not have come round to noticing that the server is gone: ask the kernel.
+        return bool(self._open[connection].poll(0))
 
     async def give_back(self, connection: AsyncConnection) -> None:
         """Keep a connection for the next caller. Does not yield to the event loop."""
@@ -247,7 +258,7 @@ class LoopPool:
 
     async def drop(self, connection: AsyncConnection) -> None:
         """Close a connection for good. Does not yield to the event loop."""
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         with contextlib.suppress(*FAILURES):
             await connection.disconnect(nowait=True)
 
@@ -262,7 +273,7 @@ class LoopPool:
         self._closed = True
         while self._idle:
             connection = self._idle.pop()
-            self._open.discard(connection)
+            self._open.pop(connection, None)
             with contextlib.suppress(*FAILURES):
                 await connection.disconnect()
 
@@ -272,18 +283,6 @@ class LoopPool:
             descriptor = _descriptor(connection)
             if descriptor >= 0:
                 os.dup2(nowhere, descriptor, inheritable=False)
-
-
-async def _is_stale(connection: AsyncConnection) -> bool:
-    try:
-        if await connection.can_read():
-            return True
-    except FAILURES:
-        return True
-    # The loop may not have come round to noticing that the server is gone: ask the kernel.
-    poller = select.poll()
-    poller.register(_descriptor(connection), select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _descriptor(connection: AsyncConnection) -> int:

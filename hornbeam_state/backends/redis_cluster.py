@@ -29,7 +29,7 @@ from hornbeam_state.backends.redis_routes import (
     pauses,
 )
 from hornbeam_state.backends.redis_slots import SlotTable
-from hornbeam_state.backends.redis_topology import Address, Ask, Moved, redirection
+from hornbeam_state.backends.redis_topology import Address, Ask, Moved, Torn, redirection
 from hornbeam_state.backends.redis_turn import Part, Turn
 
 if TYPE_CHECKING:
@@ -91,17 +91,16 @@ class ClusterRoutes(Routes):
         for number, pause in enumerate(pauses()):
             parts = yield from self._admitted(turn, deadline)
             wait = number >= _AT_ONCE or sum(len(part.indexes) for part in parts) < len(turn.todo)
-            outcomes = yield from _sent(parts, deadline if number else None)
+            outcomes = yield from _sent(parts, deadline)
             for part, outcome in sorted(zip(parts, outcomes, strict=True), key=_best_first):
                 wait |= self._settle(turn, part, outcome, started)
             turn.raise_failure()
             if not turn.todo:
                 break
+            if wait and is_late(deadline, self.timeout):
+                self._run_out(turn)
+                break
             if wait:
-                if is_late(deadline, self.timeout):
-                    turn.fail(turn.todo, self._rearranged(turn))
-                    turn.raise_failure()
-                    break
                 self._slots.doubt()
                 yield Pause(pause)
         return turn.replies
@@ -117,7 +116,9 @@ class ClusterRoutes(Routes):
         for part in parts:
             if part.address in spared:
                 pause = spared[part.address]
-                turn.fail(part.indexes, not_tried(self.named(part.address), pause))
+                write = turn.is_begun and not turn.batch.repeatable
+                where = self.named(part.address)
+                turn.fail(part.indexes, not_tried(where, pause, write=write))
         turn.raise_failure()
         return [part for part in parts if part.address not in spared]
 
@@ -162,6 +163,9 @@ class ClusterRoutes(Routes):
                     self._slots.moved(slot, address)
                 case Ask(address):
                     turn.ask(index, address)
+                case Torn() if not turn.batch.repeatable:
+                    turn.is_begun = True
+                    turn.fail([index], self._rearranged(turn, reply))
                 case _:
                     wait = True
         return wait
@@ -182,9 +186,14 @@ class ClusterRoutes(Routes):
         where, write = self.named(part.address), not turn.batch.repeatable
         turn.fail(part.indexes, unreachable(failure, where, self.timeout, write=write), failure)
 
-    def _rearranged(self, turn: Turn) -> StoreError:
-        answers = [turn.replies[index] for index in turn.todo]
+    def _run_out(self, turn: Turn) -> None:
+        """Give up on what no node has answered in the end."""
+        answers = (turn.replies[index] for index in turn.todo)
         answer = next((reply for reply in answers if reply is not None), None)
+        turn.fail(turn.todo, self._rearranged(turn, answer))
+        turn.raise_failure()
+
+    def _rearranged(self, turn: Turn, answer: object) -> StoreError:
         write = turn.is_begun and not turn.batch.repeatable
         return rearranged(answer, self.where, self.timeout, write=write)
 
@@ -197,7 +206,7 @@ def _best_first(settled: tuple[Part, Outcome]) -> int:
     return 1 if isinstance(outcome, Interrupted) and outcome.stage is Stage.WAITING else 2
 
 
-def _sent(parts: Sequence[Part], deadline: float | None) -> Work[list[Outcome]]:
+def _sent(parts: Sequence[Part], deadline: float) -> Work[list[Outcome]]:
     """Send every part, and return what became of each."""
     match parts:
         case []:

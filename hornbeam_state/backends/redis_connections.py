@@ -191,7 +191,7 @@ def _driver_url(config: StoreConfig) -> str:
     place, question, query = config.url.partition("://")[2].partition("?")
     netloc, _, path = place.partition("/")
     login, at, hosts = netloc.rpartition("@")
-    database = path.strip("/").partition("/")[2] if config.service else ""
+    database = path.partition("/")[2] if config.service else ""
     host = hosts.partition(",")[0]
     return f"{scheme}://{login}{at}{host}/{database}{question}{query}"
 

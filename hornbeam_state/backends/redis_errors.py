@@ -155,20 +155,21 @@ def rearranged(answer: object, where: str, timeout: float, *, write: bool) -> St
         timeout: Seconds that were waited at most.
         write: Whether a part of a write may have been done.
     """
-    if isinstance(answer, driver.AskError | driver.TryAgainError):
-        reason = "a slot is on its way to another node"
-    else:
+    if answer is None or isinstance(answer, driver.ClusterDownError):
         reason = "no node serves some of its slots"
+    else:
+        reason = "a slot is on its way to another node"
     return StoreUnavailable(
-        f"{where}: {reason}, and {timeout:g} s were not enough for that to end: check it with "
-        f"CLUSTER INFO{_UNKNOWN if write else ''}"
+        f"{where}: {reason}, and {timeout:g} s were not enough for that to end: see what CLUSTER "
+        f"INFO says{_UNKNOWN if write else ''}"
     )
 
 
-def not_tried(where: str, pause: float) -> StoreError:
-    """Say that the circuit breaker spared the server a call."""
+def not_tried(where: str, pause: float, *, write: bool = False) -> StoreError:
+    """Say that the circuit breaker spared the server a call, or the rest of a write."""
     return StoreUnavailable(
         f"{where} could not be reached just now: the next try is in {pause:.2g} s"
+        f"{_UNKNOWN if write else ''}"
     )
 
 

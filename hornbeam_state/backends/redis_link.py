@@ -118,7 +118,7 @@ class Link:
                 else:
                     request = work.send(self._answer(request))
         except StopIteration as stop:
-            return cast("T", stop.value)
+            return stop.value  # type: ignore[no-any-return]
         finally:
             work.close()
 
@@ -138,7 +138,7 @@ class Link:
         stage = Stage.CONNECTING
         connection: SyncConnection | None = None
         try:
-            connection = pool.take(send, send.deadline)
+            connection = pool.take(send)
             stage = Stage.SENDING if send.whole else Stage.WAITING
             connection.send_packed_command(packed(connection, send.commands), check_health=False)
             stage = Stage.WAITING
@@ -156,11 +156,10 @@ class Link:
 
     def _send_all(self, sends: Sequence[Send]) -> list[Outcome]:
         """Send to every server first and read after: it takes one round trip."""
-        latest = time.monotonic() + self._connector.timeout
         exchanges = []
         for send in sends:
             pool = self._pools.get(send.address) or self._open_pool(send.address)
-            exchanges.append(Exchange(pool, send, send.deadline or latest))
+            exchanges.append(Exchange(pool, send))
         try:
             for exchange in exchanges:
                 exchange.begin()
@@ -207,7 +206,7 @@ class Pool:
         self._idle: list[SyncConnection] = []
         self._closed = False
 
-    def take(self, send: Send, deadline: float | None) -> SyncConnection:
+    def take(self, send: Send) -> SyncConnection:
         """Return a connection of the kind asked for, on which nothing is on its way.
 
         Raises:
@@ -220,16 +219,16 @@ class Pool:
                 pass
             else:
                 if not _is_stale(connection):
-                    if deadline is not None:
-                        connection.update_current_socket_timeout(_left(deadline))
+                    if send.deadline is not None:
+                        _limit(connection, send.deadline)
                     return connection
                 connection.disconnect()
         if send.idle:
             raise driver.ConnectionError("no connection is open")
-        if deadline is None:
+        if send.deadline is None:
             return self._connector.open(self._address)
-        connection = self._connector.open(self._address, _left(deadline))
-        connection.update_current_socket_timeout(_left(deadline))
+        connection = self._connector.open(self._address, _left(send.deadline))
+        _limit(connection, send.deadline)
         return connection
 
     def give_back(self, connection: SyncConnection) -> None:
@@ -253,13 +252,11 @@ class Exchange:
     Args:
         pool: Connections to the server.
         send: What to send.
-        deadline: When to give up, by the monotonic clock.
     """
 
-    def __init__(self, pool: Pool, send: Send, deadline: float) -> None:
+    def __init__(self, pool: Pool, send: Send) -> None:
         self._pool = pool
         self._send = send
-        self._deadline = deadline
         self._stage = Stage.CONNECTING
         self._connection: SyncConnection | None = None
         self._failure: Interrupted | driver.RedisError | None = None
@@ -268,7 +265,7 @@ class Exchange:
         """Send the commands."""
         commands = self._send.commands
         try:
-            self._connection = connection = self._pool.take(self._send, self._deadline)
+            self._connection = connection = self._pool.take(self._send)
             self._stage = Stage.SENDING if self._send.whole else Stage.WAITING
             connection.send_packed_command(packed(connection, commands), check_health=False)
             self._stage = Stage.WAITING
@@ -281,7 +278,11 @@ class Exchange:
         if connection is None or self._failure is not None:
             return cast("Outcome", self._failure)
         try:
-            replies = [self._reply(connection) for _ in self._send.commands]
+            replies = []
+            for _ in self._send.commands:
+                if self._send.deadline is not None:
+                    _limit(connection, self._send.deadline)
+                replies.append(read(connection))
         except FAILURES as error:
             return explained(self._stage, error)
         connection.update_current_socket_timeout(connection.socket_timeout)
@@ -294,9 +295,10 @@ class Exchange:
         if self._connection is not None:
             self._connection.disconnect()
 
-    def _reply(self, connection: SyncConnection) -> Any:
-        connection.update_current_socket_timeout(_left(self._deadline))
-        return read(connection)
+
+def _limit(connection: SyncConnection, deadline: float) -> None:
+    """Have the next send or read end by the deadline."""
+    connection.update_current_socket_timeout(_left(deadline))
 
 
 def _left(deadline: float) -> float:

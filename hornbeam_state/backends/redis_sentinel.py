@@ -101,7 +101,7 @@ class SentinelRoutes(Routes):
                     break
             elif not isinstance(outcome, _NO_PRIMARY):
                 raise self.refusal(outcome) from outcome
-            self._demoted()
+            self._demoted(turn.asked)
             if is_late(deadline, self.timeout):
                 if isinstance(outcome, list):
                     return turn.replies
@@ -122,7 +122,9 @@ class SentinelRoutes(Routes):
         primary = self._primary
         if primary is not None and not fresh:
             holds = time.monotonic() - self._asked_at < _HOLDS
-            outcome: Outcome = yield Send(primary, turn.commands, turn.whole, idle=not holds)
+            turn.asked = primary
+            send = Send(primary, turn.commands, turn.whole, deadline, idle=not holds)
+            outcome: Outcome = yield send
             if not isinstance(outcome, Interrupted):
                 return outcome
             self.lost(primary)
@@ -131,6 +133,7 @@ class SentinelRoutes(Routes):
         found = yield from self._current(deadline)
         if isinstance(found, Interrupted):
             return found
+        turn.asked = found
         outcome = yield Send(found, turn.commands, turn.whole, deadline, fresh)
         if isinstance(outcome, Interrupted):
             self.lost(found)
@@ -209,11 +212,12 @@ class SentinelRoutes(Routes):
         last = outcomes[-1] if outcomes else "no time was left"
         return driver.ConnectionError(f"no sentinel answers: {last}")
 
-    def _demoted(self) -> None:
-        """Forget the primary, which is none, and ask another sentinel first: this one knew less."""
-        self._primary = None
-        first, *others = self._sentinels
-        self._sentinels = (*others, first)
+    def _demoted(self, address: Address | None) -> None:
+        """Forget a server that is no primary; ask another sentinel first, as this one knew less."""
+        if address == self._primary:
+            self._primary = None
+            first, *others = self._sentinels
+            self._sentinels = (*others, first)
 
 
 class _Turn:
@@ -224,6 +228,7 @@ class _Turn:
         self.replies: list[Any] = [None] * len(batch.commands)
         self.todo = list(range(len(batch.commands)))
         self.commands: Sequence[Command] = batch.commands
+        self.asked: Address | None = None
 
     @property
     def whole(self) -> bool:

@@ -87,9 +87,9 @@ class SlotTable:
             if known is not None:
                 return known
             if self._failed_at > began or now + pause >= deadline:
-                raise StoreUnavailable(f"{self._where}: no node of it could be reached just now")
+                break
             yield Pause(pause)
-        raise AssertionError
+        raise StoreUnavailable(f"{self._where}: no node of it could be reached just now")
 
     def _ask_nodes(self, known: ClusterMap | None, deadline: float) -> Work[ClusterMap]:
         """Ask one node after the other, each for its share of the time that is left."""

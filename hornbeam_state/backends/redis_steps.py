@@ -224,10 +224,10 @@ class SpaceSteps:
         """Return the Redis keys that a script about one key takes."""
         raise NotImplementedError
 
-    def _write(
+    def _writes(
         self, bucket: int, keys: Sequence[bytes], items: Mapping[bytes, bytes], ttl: float | None
-    ) -> Command:
-        """Return the script that writes values of one bucket."""
+    ) -> list[Command]:
+        """Return what writes values of one bucket: on a Cluster, a single command."""
         raise NotImplementedError
 
     def _call(self, script: Script, key: bytes, *args: bytes) -> Command:
@@ -268,9 +268,11 @@ class SpaceSteps:
         return [found[key] for key in keys]
 
     def put_many(self, items: Mapping[bytes, bytes], ttl: float | None) -> Steps[None]:
-        """Write values: one script for each bucket, all in one transaction but on a Cluster."""
+        """Write values: in one transaction, or, on a Cluster, one for each bucket."""
         commands = [
-            self._write(bucket, keys, items, ttl) for bucket, keys in by_bucket(items).items()
+            command
+            for bucket, keys in by_bucket(items).items()
+            for command in self._writes(bucket, keys, items, ttl)
         ]
         if self._cluster and commands:
             yield from ask(*commands)
@@ -332,16 +334,12 @@ class IndexedSteps(SpaceSteps):
         """Write a value."""
         yield from ask(self._call(scripts.PUT, key, self._ttl(ttl), key, value))
 
-    def _write(
+    def _writes(
         self, bucket: int, keys: Sequence[bytes], items: Mapping[bytes, bytes], ttl: float | None
-    ) -> Command:
-        return call(
-            scripts.PUT,
-            bucket,
-            (self._indexes[bucket], self._expiries[bucket], *map(self._value, keys)),
-            self._ttl(ttl),
-            *(word for key in keys for word in (key, items[key])),
-        )
+    ) -> list[Command]:
+        names = (self._indexes[bucket], self._expiries[bucket], *map(self._value, keys))
+        words = (word for key in keys for word in (key, items[key]))
+        return [call(scripts.PUT, bucket, names, self._ttl(ttl), *words)]
 
     def delete(self, key: bytes) -> Steps[bool]:
         """Remove a value."""
@@ -401,15 +399,20 @@ class CacheSteps(SpaceSteps):
 
     def put(self, key: bytes, value: bytes, ttl: float | None) -> Steps[None]:
         """Write a value."""
-        words = (b"SET", self._value(key), value, b"PX", self._ttl(ttl))
-        yield from ask(Command(words, bucket_of(key)))
+        yield from ask(self._set(key, value, ttl))
 
-    def _write(
+    def _set(self, key: bytes, value: bytes, ttl: float | None) -> Command:
+        words = (b"SET", self._value(key), value, b"PX", self._ttl(ttl))
+        return Command(words, bucket_of(key))
+
+    def _writes(
         self, bucket: int, keys: Sequence[bytes], items: Mapping[bytes, bytes], ttl: float | None
-    ) -> Command:
-        values = (items[key] for key in keys)
+    ) -> list[Command]:
+        if not self._cluster:
+            return [self._set(key, items[key], ttl) for key in keys]
         names = tuple(map(self._value, keys))
-        return call(scripts.PLAIN_PUT, bucket, names, self._ttl(ttl), *values)
+        values = (items[key] for key in keys)
+        return [call(scripts.PLAIN_PUT, bucket, names, self._ttl(ttl), *values)]
 
     def delete(self, key: bytes) -> Steps[bool]:
         """Remove a value."""

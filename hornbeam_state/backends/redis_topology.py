@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _SLOTS: Final = 16384
+_NOT_LOCAL: Final = "access a non local key in a cluster node"
 
 
 class Address(NamedTuple):
@@ -111,7 +112,11 @@ class Later(NamedTuple):
     """The Cluster cannot serve the slot for a moment; nothing was done."""
 
 
-Redirection = Moved | Ask | Later
+class Torn(NamedTuple):
+    """A script met a key of its slot that has moved already; a part of it may have been done."""
+
+
+Redirection = Moved | Ask | Later | Torn
 
 
 def redirection(reply: Any, asked: Address) -> Redirection | None:
@@ -125,4 +130,4 @@ def redirection(reply: Any, asked: Address) -> Redirection | None:
         )
     if isinstance(reply, driver.TryAgainError | driver.ClusterDownError):
         return Later()
-    return None
+    return Torn() if _NOT_LOCAL in str(reply) else None

@@ -41,7 +41,7 @@ class Part:
         self.indexes.append(index)
         self.commands += (_ASKING, command) if self.asking else (command,)
 
-    def send(self, deadline: float | None) -> Send:
+    def send(self, deadline: float) -> Send:
         """Return the request; ASKING alone does nothing, so one command is still whole."""
         return Send(self.address, self.commands, len(self.indexes) == 1, deadline, self.fresh)
 

@@ -364,6 +364,31 @@ class TestSlotsThatMove:
         _, found, rest = stats.partition(b"cmdstat_asking:calls=")
         return int(rest.partition(b",")[0]) if found else 0
 
+    def test_listing_a_bucket_in_two_halves(self, cluster, connect):
+        """It waits, and fails in time; clearing may have removed some, and says so."""
+        space = connect(cluster.url, timeout=0.5).keyspace("app")
+        slot = SLOT_OF_BUCKET[7]
+        names = [n for n in (b"k%d" % number for number in range(2000)) if bucket_of(n) == 7]
+        source = cluster.owner(slot)
+        target = next(node for node in cluster.primaries if node is not source)
+        space.put_many(dict.fromkeys(names, b"v"), 100)
+        cluster.begin_move(slot, source, target)
+        try:
+            source.ask("MIGRATE", "127.0.0.1", target.port, b"hb:{b07}:a:" + names[3], 0, 5000)
+            for call in (space.keys, lambda: asyncio.run(space.akeys())):
+                error, took = failure_of(call)
+                assert "on its way to another node" in str(error)
+                assert took < 1.5
+            error, _ = failure_of(space.clear)
+            assert "may or may not" in str(error)
+        finally:
+            cluster.move_keys(slot, source, target)
+            cluster.end_move(slot, source, target)
+        assert 0 < len(space.keys()) < len(names)
+        assert space.get(names[3]) == b"v"
+        assert space.clear() > 0
+        cluster.move(slot, source)
+
     @pytest.mark.parametrize("twin", [False, True], ids=["sync", "async"])
     def test_a_bucket_in_two_halves(self, cluster, connect, twin):
         """What needs both halves waits, and fails in time; what needs one is served."""
