@@ -10,6 +10,7 @@ from hornbeam_state.backends import mailboxes
 from hornbeam_state.errors import StoreError
 
 if TYPE_CHECKING:
+    from hornbeam_state.backends.mailboxes import Member
     from hornbeam_state.backends.wakeups import WakeupSocket
 
 _MANY: Final = 200
@@ -19,27 +20,31 @@ _MUCH: Final = 1024 * 1024
 class Mail(Protocol):
     """What an inbox needs of the store."""
 
-    def find(self, key: bytes, number: int) -> tuple[int, bytes] | None:
+    def get(self, member: Member, number: int) -> bytes | None:
+        """Return the message of that number, or None."""
+        ...
+
+    def find(self, member: Member, number: int) -> tuple[int, bytes] | None:
         """Return the first message of that number or above, or None if there is none yet."""
         ...
 
-    def oldest(self, key: bytes) -> int:
-        """Return the number of the oldest message, or of the next where none waits."""
+    def oldest(self, member: Member) -> int:
+        """Return the number of the oldest message, or of the next where there is none."""
         ...
 
     def read_file(self, digest: bytes, size: int) -> bytes | None:
         """Return a payload that lies in a file, or None if that is gone."""
         ...
 
-    def release(self, key: bytes, end: int) -> bool:
-        """Remove messages below a number; return whether all of them are removed.
+    def release(self, member: Member, number: int) -> bool:
+        """Let go of the messages below a number; return whether there is no more to do.
 
         Raises:
             StoreUnavailable: another writer is at work; this does not wait for it.
         """
         ...
 
-    def unsubscribe(self, key: bytes) -> None:
+    def unsubscribe(self, member: Member) -> None:
         """Remove the subscription, or leave it to whoever finds that its socket is closed."""
         ...
 
@@ -47,28 +52,32 @@ class Mail(Protocol):
 class EmbeddedInbox:
     """See `backends.base.Inbox`.
 
-    Messages are read one by one and without writing. What was read is released later, many at a
+    Messages are read one by one and without writing. What was read is let go of later, many at a
     time: when that is much, or when it lies in files and nothing else is waiting.
 
     Args:
         mail: The store.
-        key: What the mailbox is called.
+        member: The place at a mailbox.
+        number: That of the first message.
         socket: Where wake-ups come to.
+
+    Attributes:
+        closed: Whether it was closed, by `close` or with its backend.
     """
 
     gaps = 0
 
-    def __init__(self, mail: Mail, key: bytes, socket: WakeupSocket) -> None:
-        self.key = key
+    def __init__(self, mail: Mail, member: Member, number: int, socket: WakeupSocket) -> None:
+        self.closed = False
         self._mail = mail
+        self._member = member
+        self._next = number
         self._socket = socket
         self._lock = threading.RLock()
-        self._next = 0  # the number of the next message
         self._dropped = 0
         self._unreleased = 0  # messages that were read
         self._weight = 0  # of these
         self._in_files = False  # whether some of these are
-        self.closed = False
 
     @property
     def dropped(self) -> int:
@@ -85,16 +94,16 @@ class EmbeddedInbox:
     def take(self) -> tuple[bytes, bytes] | None:
         """Remove and return the oldest message, or None."""
         with self._lock:
-            if self.closed:
-                return None
-            message = self._read()
-            if message is None:
-                self._socket.silence()
-                message = self._read()  # one that came before that would wake nobody any more
+            while not self.closed:
+                row = self._mail.get(self._member, self._next) or self._look_again()
+                if row is None:
+                    self._release(drained=True)
+                    return None
+                message = self._opened(row)
                 if message is not None:
-                    self._socket.wake()
-            self._release(drained=message is None)
-            return message
+                    self._release(drained=False)
+                    return message
+            return None
 
     def close(self) -> None:
         """Unsubscribe."""
@@ -104,33 +113,41 @@ class EmbeddedInbox:
             self._look_for_dropped()
             self.closed = True
             self._socket.close()
-            self._mail.unsubscribe(self.key)
+            self._mail.unsubscribe(self._member)
 
     def forget_after_fork(self) -> None:
         """Leave it, in a forked child, to the parent."""
         self._lock = threading.RLock()
         self.closed = True
 
-    def _read(self) -> tuple[bytes, bytes] | None:
-        while (found := self._mail.find(self.key, self._next)) is not None:
-            number, row = found
-            self._skip_to(number)
-            self._next += 1
-            self._unreleased += 1
-            self._weight += mailboxes.weight_of(row)
-            blob = mailboxes.blob_of(row)
-            if blob is None:
-                return mailboxes.topic_of(row), mailboxes.payload_of(row)
-            self._in_files = True
-            payload = self._mail.read_file(*blob)
-            if payload is not None:
-                return mailboxes.topic_of(row), payload
-            self._dropped += 1  # since its row was read
-        return None
+    def _look_again(self) -> bytes | None:
+        """Let the descriptor be silent if there is nothing; return what came before it was."""
+        self._socket.silence()
+        found = self._mail.find(self._member, self._next)
+        if found is None:
+            return None
+        self._socket.wake()  # others may wait for what comes after this one
+        self._skip_to(found[0])
+        return found[1]
+
+    def _opened(self, row: bytes) -> tuple[bytes, bytes] | None:
+        """Return topic and payload of the next message, or None if it was dropped just now."""
+        self._next += 1
+        self._unreleased += 1
+        self._weight += mailboxes.weight_of(row)
+        topic, payload, in_file = mailboxes.split_row(row)
+        if not in_file:
+            return topic, payload
+        self._in_files = True
+        content = self._mail.read_file(*mailboxes.read_reference(payload))
+        if content is None:
+            self._dropped += 1
+            return None
+        return topic, content
 
     def _look_for_dropped(self) -> None:
         with contextlib.suppress(StoreError):
-            self._skip_to(self._mail.oldest(self.key))
+            self._skip_to(self._mail.oldest(self._member))
 
     def _skip_to(self, number: int) -> None:
         if number > self._next:
@@ -142,6 +159,6 @@ class EmbeddedInbox:
         much = self._unreleased >= _MANY or self._weight >= _MUCH
         if much or (drained and self._in_files):
             with contextlib.suppress(StoreError):
-                if self._mail.release(self.key, self._next):
+                if self._mail.release(self._member, self._next):
                     self._unreleased = self._weight = 0
                     self._in_files = False

@@ -22,7 +22,7 @@ from hornbeam_state.backends.embedded_access import (
     Owner,
 )
 from hornbeam_state.backends.embedded_inbox import EmbeddedInbox
-from hornbeam_state.backends.subscribers import Subscriber, Table
+from hornbeam_state.backends.subscribers import Audience, Table
 from hornbeam_state.backends.wakeups import SocketFolder, Waker, WakeupSocket
 from hornbeam_state.errors import StoreError, StoreFull
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hornbeam_state.backends.base import Topics
+    from hornbeam_state.backends.mailboxes import Member
 
 _LARGEST_INLINE: Final = 8 * 1024
 _RELEASED_AT_ONCE: Final = 256
@@ -46,7 +47,7 @@ class Messages(Access):
     def __init__(self, owner: Owner) -> None:
         super().__init__(owner, "messages")
         self._inboxes: weakref.WeakSet[EmbeddedInbox] = weakref.WeakSet()
-        self._table = Table(None)
+        self._table = Table(None, {})
         self._waker: Waker | None = None
 
     # Publishing.
@@ -64,7 +65,7 @@ class Messages(Access):
 
     def _publish(self, topic: bytes, payload: bytes, patience: float) -> int:
         waker = self._opened_waker()
-        if not self._view(self._current_table).matching(topic):
+        if not (self._table.matching(topic) or self._view(self._current_table).matching(topic)):
             return 0
         if len(payload) <= _LARGEST_INLINE:
             reached = self._guarded(patience, self._deliver, topic, payload)
@@ -75,9 +76,9 @@ class Messages(Access):
                 reached = self._guarded(patience, self._deliver, topic, blob)
             finally:
                 blobs.discard(blob)
-        return len(reached) - self._wake(waker, reached)
+        return self._wake(waker, reached)
 
-    def _deliver(self, txn: Any, topic: bytes, payload: bytes | Blob) -> list[Subscriber]:
+    def _deliver(self, txn: Any, topic: bytes, payload: bytes | Blob) -> list[Audience]:
         """Put a message into the mailboxes of those who get it."""
         file = self._bind()[1]
         matching = self._current_table(txn).matching(topic)
@@ -85,16 +86,17 @@ class Messages(Access):
             file.blobs.store(txn, payload, references=len(matching))
         row = mailboxes.make_row(topic, payload)
         for one in matching:
-            mailboxes.append(txn, file, one.key, row, one.maxsize)
+            mailboxes.append(txn, file, one.mailbox, row, one.maxsize)
         return matching
 
-    def _wake(self, waker: Waker, reached: Iterable[Subscriber]) -> int:
-        """Wake subscribers up; remove the dead ones, and return how many they were."""
-        dead = [bytes.fromhex(name) for name in waker.wake(one.name for one in reached)]
+    def _wake(self, waker: Waker, reached: Iterable[Audience]) -> int:
+        """Wake subscribers up; return how many they are, and remove the dead ones."""
+        sockets = [socket for one in reached for socket in one.sockets]
+        dead = waker.wake(sockets)
         if dead:
             with contextlib.suppress(StoreError):  # the next one to publish to them will do it
-                self._guarded(0.0, self._remove, dead)
-        return len(dead)
+                self._guarded(0.0, self._remove, [bytes.fromhex(socket) for socket in dead])
+        return len(sockets) - len(dead)
 
     def _current_table(self, txn: Any) -> Table:
         table = self._table
@@ -116,48 +118,52 @@ class Messages(Access):
         return await asyncio.to_thread(self.subscribe, topics, maxsize)
 
     def _subscribe(self, topics: Topics, maxsize: int, patience: float) -> EmbeddedInbox:
-        subscriber = Subscriber(mailboxes.make_key(), topics, maxsize)
-        # Its socket is there before anyone can find it dead.
-        socket = WakeupSocket(self._opened_waker().folder, subscriber.name)
-        inbox = EmbeddedInbox(self, subscriber.key, socket)
+        key = subscribers.make_key()
+        socket = WakeupSocket(self._opened_waker().folder, key.hex())  # else it would look dead
+        member, number = self._guarded(patience, self._add, key, topics, maxsize)
+        inbox = EmbeddedInbox(self, member, number, socket)
         self._inboxes.add(inbox)
-        self._guarded(patience, self._add, subscriber)
         return inbox
 
-    def _add(self, txn: Any, subscriber: Subscriber) -> None:
+    def _add(self, txn: Any, key: bytes, topics: Topics, maxsize: int) -> tuple[Member, int]:
         file = self._bind()[1]
-        subscribers.add(txn, file, subscriber)
-        mailboxes.create(txn, file, subscriber.key)
+        member = subscribers.add(txn, file, key, topics, maxsize)
+        return member, mailboxes.join(txn, file, member)
 
     def _remove(self, txn: Any, keys: Iterable[bytes]) -> None:
         file = self._bind()[1]
         for key in keys:
-            subscribers.remove(txn, file, key)
-            mailboxes.remove(txn, file, key)
+            member = subscribers.remove(txn, file, key)
+            if member is not None:
+                mailboxes.leave(txn, file, member)
 
     # What inboxes ask for.
 
-    def find(self, key: bytes, number: int) -> tuple[int, bytes] | None:
-        """Return the first message of that number or above, or None if there is none yet."""
-        return self._view(mailboxes.find, self._bind()[1], key, number)
+    def get(self, member: Member, number: int) -> bytes | None:
+        """Return the message of that number, or None."""
+        return self._read_record(mailboxes.row_key(member.mailbox, number))
 
-    def oldest(self, key: bytes) -> int:
-        """Return the number of the oldest message, or of the next where none waits."""
-        return self._view(mailboxes.oldest, self._bind()[1], key)
+    def find(self, member: Member, number: int) -> tuple[int, bytes] | None:
+        """Return the first message of that number or above, or None if there is none yet."""
+        return self._view(mailboxes.find, self._bind()[1], member, number)
+
+    def oldest(self, member: Member) -> int:
+        """Return the number of the oldest message, or of the next where there is none."""
+        return self._view(mailboxes.oldest, self._bind()[1], member)
 
     def read_file(self, digest: bytes, size: int) -> bytes | None:
         """Return a payload that lies in a file, or None if that is gone."""
         return self._bind()[1].blobs.read(digest, size)
 
-    def release(self, key: bytes, end: int) -> bool:
-        """Remove messages below a number; return whether all of them are removed."""
+    def release(self, member: Member, number: int) -> bool:
+        """Let go of the messages below a number; return whether there is no more to do."""
         file = self._bind()[1]
-        return self._guarded(0.0, mailboxes.release, file, key, end, _RELEASED_AT_ONCE)
+        return self._guarded(0.0, mailboxes.release, file, member, number, _RELEASED_AT_ONCE)
 
-    def unsubscribe(self, key: bytes) -> None:
+    def unsubscribe(self, member: Member) -> None:
         """Remove a subscription, or leave it to whoever finds that its socket is closed."""
         with contextlib.suppress(StoreError):
-            self._guarded(LOOP_PATIENCE, self._remove, [key])
+            self._guarded(LOOP_PATIENCE, self._remove, [member.key])
 
     # Upkeep.
 
@@ -171,23 +177,22 @@ class Messages(Access):
             known = self._view(self._current_table).all
             self._wake(waker, known)
             old = waker.folder.names(time.time() - _ORPHANED_AFTER)
-            waker.remove_orphans(set(old) - {one.name for one in known})
+            waker.remove_orphans(set(old).difference(*(one.sockets for one in known)))
         return False
 
     def remove_leftovers(self) -> bool:
         """Remove mailboxes of nobody, a step at a time; return whether there are more."""
-        if not self._owner.opened().has_messages() or not self._view(self._leftovers):
+        if not self._owner.opened().has_messages():
             return False
-        self._guarded(UPKEEP_PATIENCE, self._remove_one_leftover)
+        if not self._view(mailboxes.without_members, self._bind()[1]):
+            return False
+        self._guarded(UPKEEP_PATIENCE, self._remove_leftover)
         return True
 
-    def _leftovers(self, txn: Any) -> list[bytes]:
-        owned = {one.key for one in self._current_table(txn).all}
-        return [key for key in mailboxes.keys(txn, self._bind()[1]) if key not in owned]
-
-    def _remove_one_leftover(self, txn: Any) -> None:
-        for key in self._leftovers(txn)[:1]:
-            mailboxes.remove(txn, self._bind()[1], key)
+    def _remove_leftover(self, txn: Any) -> None:
+        file = self._bind()[1]
+        for mailbox in mailboxes.without_members(txn, file)[:1]:
+            mailboxes.remove(txn, file, mailbox)
 
     # Ends.
 

@@ -11,6 +11,7 @@ import shutil
 import threading
 from typing import TYPE_CHECKING, Final, Literal
 
+from hornbeam_state.backends import mailboxes, subscribers
 from hornbeam_state.backends.base import Space
 from hornbeam_state.backends.directory import prepare_directory, write_note
 from hornbeam_state.backends.eviction import Sketch
@@ -102,7 +103,7 @@ class LmdbFiles:
             if self._messages is None:
                 self._messages = LmdbFile(
                     self.directory / "messages.lmdb",
-                    ("messages", "mailboxes", "subscribers"),
+                    (*mailboxes.DATABASES, subscribers.DATABASE),
                     map_size=_MESSAGES_MAP,
                     durable=False,
                     fresh=False,
