@@ -20,16 +20,12 @@ _MUCH: Final = 1024 * 1024
 class Mail(Protocol):
     """What an inbox needs of the store."""
 
-    def get(self, member: Member, number: int) -> bytes | None:
+    def get(self, mailbox: bytes, number: int) -> bytes | None:
         """Return the message of that number, or None."""
         ...
 
-    def find(self, member: Member, number: int) -> tuple[int, bytes] | None:
-        """Return the first message of that number or above, or None if there is none yet."""
-        ...
-
-    def oldest(self, member: Member) -> int:
-        """Return the number of the oldest message, or of the next where there is none."""
+    def look(self, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]:
+        """Return what there is from a number on; see `mailboxes.look`."""
         ...
 
     def read_file(self, digest: bytes, size: int) -> bytes | None:
@@ -72,6 +68,7 @@ class EmbeddedInbox:
         self._mail = mail
         self._member = member
         self._next = number
+        self._end = number  # as of the last look
         self._socket = socket
         self._lock = threading.RLock()
         self._dropped = 0
@@ -95,13 +92,15 @@ class EmbeddedInbox:
         """Remove and return the oldest message, or None."""
         with self._lock:
             while not self.closed:
-                row = self._mail.get(self._member, self._next) or self._look_again()
+                row = self._next_row()
                 if row is None:
-                    self._release(drained=True)
+                    if self._in_files:
+                        self._release()
                     return None
-                message = self._opened(row)
+                message = self._open(row)
+                if self._unreleased >= _MANY or self._weight >= _MUCH:
+                    self._release()
                 if message is not None:
-                    self._release(drained=False)
                     return message
             return None
 
@@ -120,26 +119,38 @@ class EmbeddedInbox:
         self._lock = threading.RLock()
         self.closed = True
 
-    def _look_again(self) -> bytes | None:
-        """Let the descriptor be silent if there is nothing; return what came before it was."""
-        self._socket.silence()
-        found = self._mail.find(self._member, self._next)
-        if found is None:
-            return None
-        self._socket.wake()  # others may wait for what comes after this one
-        self._skip_to(found[0])
-        return found[1]
+    def _next_row(self) -> bytes | None:
+        if self._next < self._end:
+            row = self._mail.get(self._member.mailbox, self._next)
+            if row is not None:
+                return row
+        elif not self._socket.silence():
+            return None  # whatever came since the last look has not been announced yet
+        try:
+            return self._look()
+        except BaseException:
+            self._socket.wake()  # what was announced is still to be looked for
+            raise
 
-    def _opened(self, row: bytes) -> tuple[bytes, bytes] | None:
+    def _look(self) -> bytes | None:
+        number, self._end, row = self._mail.look(self._member.mailbox, self._next)
+        self._skip_to(number)
+        if self._end - number > 1:
+            self._socket.wake()  # others may wait for what comes after this one
+        return row
+
+    def _open(self, row: bytes) -> tuple[bytes, bytes] | None:
         """Return topic and payload of the next message, or None if it was dropped just now."""
+        topic, payload, in_file = mailboxes.split_row(row)
         self._next += 1
         self._unreleased += 1
-        self._weight += mailboxes.weight_of(row)
-        topic, payload, in_file = mailboxes.split_row(row)
         if not in_file:
+            self._weight += len(row)
             return topic, payload
+        digest, size = mailboxes.read_reference(payload)
+        self._weight += size
         self._in_files = True
-        content = self._mail.read_file(*mailboxes.read_reference(payload))
+        content = self._mail.read_file(digest, size)
         if content is None:
             self._dropped += 1
             return None
@@ -147,18 +158,16 @@ class EmbeddedInbox:
 
     def _look_for_dropped(self) -> None:
         with contextlib.suppress(StoreError):
-            self._skip_to(self._mail.oldest(self._member))
+            self._skip_to(self._mail.look(self._member.mailbox, self._next)[0])
 
     def _skip_to(self, number: int) -> None:
         if number > self._next:
             self._dropped += number - self._next
             self._next = number
 
-    def _release(self, *, drained: bool) -> None:
-        """Let go of what was read, if it is time to; put it off when others are writing."""
-        much = self._unreleased >= _MANY or self._weight >= _MUCH
-        if much or (drained and self._in_files):
-            with contextlib.suppress(StoreError):
-                if self._mail.release(self._member, self._next):
-                    self._unreleased = self._weight = 0
-                    self._in_files = False
+    def _release(self) -> None:
+        """Let go of what was read; later, if others are writing."""
+        with contextlib.suppress(StoreError):
+            if self._mail.release(self._member, self._next):
+                self._unreleased = self._weight = 0
+                self._in_files = False

@@ -139,17 +139,13 @@ class Messages(Access):
 
     # What inboxes ask for.
 
-    def get(self, member: Member, number: int) -> bytes | None:
+    def get(self, mailbox: bytes, number: int) -> bytes | None:
         """Return the message of that number, or None."""
-        return self._read_record(mailboxes.row_key(member.mailbox, number))
+        return self._view(mailboxes.get, mailbox, number)
 
-    def find(self, member: Member, number: int) -> tuple[int, bytes] | None:
-        """Return the first message of that number or above, or None if there is none yet."""
-        return self._view(mailboxes.find, self._bind()[1], member, number)
-
-    def oldest(self, member: Member) -> int:
-        """Return the number of the oldest message, or of the next where there is none."""
-        return self._view(mailboxes.oldest, self._bind()[1], member)
+    def look(self, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]:
+        """Return what there is from a number on; see `mailboxes.look`."""
+        return self._view(mailboxes.look, mailbox, number)
 
     def read_file(self, digest: bytes, size: int) -> bytes | None:
         """Return a payload that lies in a file, or None if that is gone."""

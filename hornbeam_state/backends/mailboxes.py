@@ -4,9 +4,9 @@ Subscriptions that ask for the same share a mailbox, so that a message is writte
 them. Each counts for itself what it has read; a number that is gone by then is a message that was
 dropped. Now and then it notes how far it has got, and what all of them have read is removed.
 
-There are three databases: ``messages`` (mailbox and number, to the message), ``mailboxes`` (which
-numbers are there) and ``members`` (mailbox and subscription, to the number it has got to). A large
-payload lies in a file.
+There are two databases. In ``messages`` a mailbox has a row for each message and, after these, one
+that says which numbers are there; in ``members`` one for each subscription, with the number it
+has got to. A large payload lies in a file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from hornbeam_state.errors import StoreUnavailable
 if TYPE_CHECKING:
     from hornbeam_state.backends.lmdb_file import LmdbFile
 
-DATABASES: Final = ("messages", "mailboxes", "members")
+DATABASES: Final = ("messages", "members")
 KEY_SIZE: Final = 16
 _NUMBER: Final = struct.Struct(">Q")
 _STATE: Final = struct.Struct("<QQQ")
+_STATE_NUMBER: Final = b"\xff" * 8  # beside the newest message: mostly on the same page
 _HEADER: Final = struct.Struct("<BH")  # flags, bytes of the topic
 _IN_FILE: Final = 1
 _REFERENCE: Final = struct.Struct("<32sQ")
@@ -50,6 +51,9 @@ class _State(NamedTuple):
     oldest: int
     end: int
     weight: int
+
+
+_NOTHING: Final = _State(0, 0, 0)
 
 
 def make_row(topic: bytes, payload: bytes | Blob) -> bytes:
@@ -79,18 +83,13 @@ def weight_of(row: bytes) -> int:
     return len(row) + _ROW_WEIGHT + in_file
 
 
-def row_key(mailbox: bytes, number: int) -> bytes:
-    """Return the key of a message."""
-    return mailbox + _NUMBER.pack(number)
-
-
 # All that follows takes a transaction that was begun on the database of messages.
 
 
 def join(txn: Any, file: LmdbFile, member: Member) -> int:
     """Make a subscription a member of a mailbox; return the number of its first message."""
-    state = _load(txn, file, member.mailbox)
-    _save(txn, file, member.mailbox, state)
+    state = _load(txn, member.mailbox)
+    _save(txn, member.mailbox, state)
     _note_position(txn, file, member, state.end)
     return state.end
 
@@ -107,7 +106,7 @@ def append(txn: Any, file: LmdbFile, mailbox: bytes, row: bytes, maxsize: int) -
 
     At most a thousand do: the next message removes what is left to remove.
     """
-    oldest, end, weight = _load(txn, file, mailbox)
+    oldest, end, weight = _load(txn, mailbox)
     txn.put(mailbox + _NUMBER.pack(end), row)
     end += 1
     weight += weight_of(row)
@@ -116,32 +115,33 @@ def append(txn: Any, file: LmdbFile, mailbox: bytes, row: bytes, maxsize: int) -
             break
         weight -= _pop(txn, file, mailbox, oldest)
         oldest += 1
-    _save(txn, file, mailbox, _State(oldest, end, weight))
+    _save(txn, mailbox, _State(oldest, end, weight))
 
 
-def find(txn: Any, file: LmdbFile, member: Member, number: int) -> tuple[int, bytes] | None:
-    """Return the first message of that number or above, or None if there is none yet.
+def get(txn: Any, mailbox: bytes, number: int) -> bytes | None:
+    """Return the message of that number, or None."""
+    row: bytes | None = txn.get(mailbox + _NUMBER.pack(number))
+    return row
+
+
+def look(txn: Any, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]:
+    """Return what there is from a number on.
+
+    Returns:
+        The number of the first message, or of the next to come; the end of the numbers; and the
+        first message, or None.
 
     Raises:
-        StoreUnavailable: the subscription is no member any more.
+        StoreUnavailable: the mailbox was removed.
     """
-    number = max(number, oldest(txn, file, member))
-    row = txn.get(member.mailbox + _NUMBER.pack(number))
-    return None if row is None else (number, row)
-
-
-def oldest(txn: Any, file: LmdbFile, member: Member) -> int:
-    """Return the number of the oldest message, or of the next where there is none.
-
-    Raises:
-        StoreUnavailable: the subscription is no member any more.
-    """
-    if txn.get(member.mailbox + member.key, None, file.databases["members"]) is None:
+    oldest, end, _ = _load(txn, mailbox)
+    if number > end:
         raise StoreUnavailable(
             "the subscription is gone from the store, since its socket could not be reached: "
             "subscribe again"
         )
-    return _load(txn, file, member.mailbox).oldest
+    first = max(number, oldest)
+    return first, end, get(txn, mailbox, first)
 
 
 def release(txn: Any, file: LmdbFile, member: Member, number: int, most: int) -> bool:
@@ -164,26 +164,33 @@ def release(txn: Any, file: LmdbFile, member: Member, number: int, most: int) ->
 
 def remove(txn: Any, file: LmdbFile, mailbox: bytes, most: int = _MOST_AT_ONCE) -> bool:
     """Remove a mailbox, or so many of its messages if there are more; return whether it is gone."""
-    if not _remove_below(txn, file, mailbox, _load(txn, file, mailbox).end, most):
+    if not _remove_below(txn, file, mailbox, _load(txn, mailbox).end, most):
         return False
-    txn.delete(mailbox, db=file.databases["mailboxes"])
+    txn.delete(mailbox + _STATE_NUMBER)
     return True
 
 
 def without_members(txn: Any, file: LmdbFile) -> list[bytes]:
     """Return the keys of the mailboxes that nobody reads."""
-    with txn.cursor(file.databases["mailboxes"]) as cursor:
-        keys = list(cursor.iternext(keys=True, values=False))
-    return [key for key in keys if not _positions(txn, file, key)]
+    found = []
+    with txn.cursor() as cursor:
+        more = cursor.first()
+        while more:
+            mailbox = cursor.key()[:KEY_SIZE]
+            if not _positions(txn, file, mailbox):
+                found.append(mailbox)
+            cursor.set_range(mailbox + _STATE_NUMBER)
+            more = cursor.next()
+    return found
 
 
 def _remove_below(txn: Any, file: LmdbFile, mailbox: bytes, number: int, most: int) -> bool:
-    oldest, end, weight = _load(txn, file, mailbox)
+    oldest, end, weight = _load(txn, mailbox)
     stop = min(number, oldest + most)
     if stop > oldest:
         for each in range(oldest, stop):
             weight -= _pop(txn, file, mailbox, each)
-        _save(txn, file, mailbox, _State(stop, end, weight))
+        _save(txn, mailbox, _State(stop, end, weight))
     return stop >= number
 
 
@@ -196,13 +203,13 @@ def _pop(txn: Any, file: LmdbFile, mailbox: bytes, number: int) -> int:
     return weight_of(row)
 
 
-def _load(txn: Any, file: LmdbFile, mailbox: bytes) -> _State:
-    stored = txn.get(mailbox, None, file.databases["mailboxes"])
-    return _State(0, 0, 0) if stored is None else _State(*_STATE.unpack(stored))
+def _load(txn: Any, mailbox: bytes) -> _State:
+    stored = txn.get(mailbox + _STATE_NUMBER)
+    return _NOTHING if stored is None else _State(*_STATE.unpack(stored))
 
 
-def _save(txn: Any, file: LmdbFile, mailbox: bytes, state: _State) -> None:
-    txn.put(mailbox, _STATE.pack(*state), db=file.databases["mailboxes"])
+def _save(txn: Any, mailbox: bytes, state: _State) -> None:
+    txn.put(mailbox + _STATE_NUMBER, _STATE.pack(*state))
 
 
 def _note_position(txn: Any, file: LmdbFile, member: Member, number: int) -> None:

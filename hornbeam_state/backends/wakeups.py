@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _LONGEST_ADDRESS: Final = 103  # 107 on Linux
 _LONGEST_NAME: Final = 16
 _AT_A_TIME: Final = 64
+_INT: Final = struct.Struct("i")
 _NOBODY_THERE: Final = (ConnectionRefusedError, FileNotFoundError, BrokenPipeError)
 
 
@@ -97,13 +98,13 @@ class WakeupSocket:
         """Return the descriptor: readable from a wake-up until `silence`; for good once closed."""
         return self._socket.fileno()
 
-    def silence(self) -> None:
-        """Take the wake-ups away that have come so far."""
-        try:
-            for _ in range(_AT_A_TIME):
-                self._socket.recv(1)
-        except BlockingIOError:
-            pass
+    def silence(self) -> bool:
+        """Take the wake-ups away that have come so far; return whether there were any."""
+        for count in range(_AT_A_TIME):
+            if not _bytes(self._socket, termios.FIONREAD):  # cheaper than an exception
+                return count > 0
+            self._socket.recv(1)
+        return True
 
     def wake(self) -> None:
         """Send itself a wake-up."""
@@ -180,8 +181,14 @@ def _is_clogged(sender: socket.socket) -> bool:
     The kernel counts all of that against the sender's buffer: some dozen stopped receivers fill
     it, and then nobody can be reached.
     """
-    unread = struct.unpack("i", fcntl.ioctl(sender, termios.TIOCOUTQ, bytes(4)))[0]
-    return bool(unread * 2 >= sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+    return _bytes(sender, termios.TIOCOUTQ) * 2 >= sender.getsockopt(
+        socket.SOL_SOCKET, socket.SO_SNDBUF
+    )
+
+
+def _bytes(one: socket.socket, request: int) -> int:
+    """Return a number of bytes that the kernel knows of a socket."""
+    return int(_INT.unpack(fcntl.ioctl(one, request, bytes(_INT.size)))[0])
 
 
 def _close_all(sockets: list[socket.socket]) -> None:
