@@ -95,13 +95,13 @@ class Blobs:
             raise StoreUnavailable(f"the store file {path} is damaged: it has another size")
         return value
 
-    def store(self, txn: Any, blob: Blob) -> None:
-        """Give a blob its name, and count a reference to it."""
+    def store(self, txn: Any, blob: Blob, references: int = 1) -> None:
+        """Give a blob its name, and count the references to it."""
         blob.waiting.replace(self._path(blob.digest))
         self.doomed.discard(blob.digest)
-        count = int(txn.get(blob.digest, b"0", db=self._references)) + 1
-        txn.put(blob.digest, b"%d" % count, db=self._references)
-        if count == 1:
+        count = int(txn.get(blob.digest, b"0", db=self._references))
+        txn.put(blob.digest, b"%d" % (count + references), db=self._references)
+        if count == 0:
             self._account(txn, blob.size)
 
     def release(self, txn: Any, digest: bytes, size: int) -> None:

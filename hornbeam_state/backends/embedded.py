@@ -1,7 +1,8 @@
 """The embedded store: LMDB, one machine, any number of processes, no server.
 
-Two files, so that their writers do not wait for each other: ``state`` for the app's and
-hornbeam's keys, which are never evicted, and ``cache``, which is bounded and evicts.
+Three files, so that their writers do not wait for each other: ``state`` for the app's and
+hornbeam's keys, which are never evicted, ``cache``, which is bounded and evicts, and ``messages``,
+which is made when the first process publishes or subscribes, and goes with the last.
 
 Commits go to the page cache, not to the disk: they survive ``kill -9`` of any process.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from hornbeam_state.backends.base import SPACES, Space
 from hornbeam_state.backends.embedded_cache import CacheKeyspace
 from hornbeam_state.backends.embedded_keys import EmbeddedKeyspace
+from hornbeam_state.backends.embedded_messages import Messages
 from hornbeam_state.backends.kernel_locks import KernelLock, try_kernel_lock
 from hornbeam_state.backends.lmdb_files import LmdbFiles, acquire_files, release_files
 from hornbeam_state.backends.upkeep import Duty, Upkeep
@@ -28,12 +30,16 @@ from hornbeam_state.backends.upkeep import Duty, Upkeep
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hornbeam_state.backends.base import Topics
+    from hornbeam_state.backends.embedded_access import Access
+    from hornbeam_state.backends.embedded_inbox import EmbeddedInbox
     from hornbeam_state.config import StoreConfig
 
 _SWEEP_EVERY: Final = 1.0
 _SWEEP_STEP: Final = 200
 _READERS_EVERY: Final = 60.0
 _ABANDONED_EVERY: Final = 600.0
+_SUBSCRIBERS_EVERY: Final = 10.0
 
 
 class EmbeddedBackend:
@@ -57,6 +63,7 @@ class EmbeddedBackend:
             space: (CacheKeyspace if space == "cache" else EmbeddedKeyspace)(self, space, clock)
             for space in SPACES
         }
+        self._messages = Messages(self)
         # What nobody uses any more is closed. The collector runs anywhere, also inside of locks.
         weakref.finalize(self, self._open.close_from_elsewhere).atexit = False
         _backends.add(self)
@@ -106,6 +113,8 @@ class EmbeddedBackend:
             Duty(_weak(self._sweep_step), _SWEEP_EVERY),
             Duty(_weak(self._remove_abandoned), _ABANDONED_EVERY),
             Duty(files.forget_dead_readers, _READERS_EVERY),
+            Duty(_weak(self._messages.wake_all), _SUBSCRIBERS_EVERY),
+            Duty(_weak(self._messages.remove_leftovers), _SUBSCRIBERS_EVERY),
         ]
         if self._config.snapshot_every and self._config.scheme != "memory":
             duties.append(Duty(files.take_snapshot_if_changed, self._config.snapshot_every))
@@ -118,6 +127,8 @@ class EmbeddedBackend:
         """Remove the files of large values that killed processes left; nothing more to do then."""
         for space in ("app", "cache"):
             self._keyspaces[space].remove_abandoned()
+        if self.opened().has_messages():
+            self._messages.remove_abandoned()
         return False
 
     def sweep(self, most: int = 1000) -> int:
@@ -152,12 +163,32 @@ class EmbeddedBackend:
         """Awaitable twin of `try_lock`, which does not wait."""
         return self.try_lock(name, ttl)
 
+    def publish(self, topic: bytes, payload: bytes) -> int:
+        """Hand a message to every subscription that matches; return how many there were."""
+        return self._messages.publish(topic, payload)
+
+    async def apublish(self, topic: bytes, payload: bytes) -> int:
+        """Awaitable twin of `publish`."""
+        return await self._messages.apublish(topic, payload)
+
+    def subscribe(self, topics: Topics, maxsize: int) -> EmbeddedInbox:
+        """Collect from now on the messages on these topics, at most `maxsize` at a time."""
+        return self._messages.subscribe(topics, maxsize)
+
+    async def asubscribe(self, topics: Topics, maxsize: int) -> EmbeddedInbox:
+        """Awaitable twin of `subscribe`."""
+        return await self._messages.asubscribe(topics, maxsize)
+
     def close(self) -> None:
-        """Close the files once no other backend of this process uses them."""
+        """End the subscriptions; close the files once no other backend of this process uses them.
+
+        It waits for who is taking a message, and thus holds no lock that opening needs.
+        """
+        self._messages.end()
         with self._opening:
             upkeep, files = self._open.take()
-            for keyspace in self._keyspaces.values():
-                keyspace.detach()
+            for access in self._accesses():
+                access.detach()
         # Not with the lock held: the thread of the upkeep may be waiting for it.
         if upkeep is not None:
             upkeep.stop()
@@ -177,10 +208,13 @@ class EmbeddedBackend:
         """Drop, in a forked child, all that belongs to the parent."""
         self._opening = threading.Lock()
         self._open.forget_after_fork()
-        for keyspace in self._keyspaces.values():
-            keyspace.detach(forked=True)
+        for access in self._accesses():
+            access.detach(forked=True)
         for held in list(self._held):
             held.close_after_fork()
+
+    def _accesses(self) -> list[Access]:
+        return [*self._keyspaces.values(), self._messages]
 
 
 class _Open:

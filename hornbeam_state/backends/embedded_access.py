@@ -1,4 +1,4 @@
-"""Transactions on one key space of the embedded store.
+"""Transactions on a database of the embedded store: a key space, or its messages.
 
 A read is a transaction of its own, from one snapshot. A write holds the file's write guard and is
 one LMDB transaction: committed at its end, undone by an error.
@@ -22,14 +22,16 @@ from hornbeam_state.errors import StoreError, StoreFull, StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hornbeam_state.backends.base import Space
-    from hornbeam_state.backends.lmdb_files import LmdbFiles
+    from hornbeam_state.backends.lmdb_files import Database, LmdbFiles
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOOP_PATIENCE: Final = 0.002
+LOOP_PATIENCE: Final = 0.002
 """Seconds an event loop waits for another writer before a thread waits instead."""
+
+UPKEEP_PATIENCE: Final = 0.1
+"""Seconds that what can be done later waits for another writer."""
 
 
 class Busy(StoreUnavailable):
@@ -37,7 +39,7 @@ class Busy(StoreUnavailable):
 
 
 class Owner(Protocol):
-    """What access to a key space needs of its backend."""
+    """What access to a database needs of its backend."""
 
     @property
     def timeout(self) -> float:
@@ -59,16 +61,16 @@ class Owner(Protocol):
 
 
 class Access:
-    """Reads and writes of one key space, opened at the first of them.
+    """Reads and writes of one database, opened at the first of them.
 
     Args:
         owner: The backend.
-        space: The key space.
+        database: Its name.
     """
 
-    def __init__(self, owner: Owner, space: Space) -> None:
+    def __init__(self, owner: Owner, database: Database) -> None:
         self._owner = owner
-        self._space: Space = space
+        self._database: Database = database
         self._bound: tuple[LmdbFiles, LmdbFile] | None = None
         self._writing: tuple[int, tuple[LmdbFiles, LmdbFile]] | None = None
         self._db: Any = None
@@ -86,16 +88,16 @@ class Access:
             self._db = None
 
     def _bind(self) -> tuple[LmdbFiles, LmdbFile]:
-        """Return the store's files and this space's, opening them where needed."""
+        """Return the store's files and this database's, opening them where needed."""
         bound = self._bound
         if bound is None:
             writing = self._writing
             if writing is not None and writing[0] == get_ident():
                 return writing[1]  # closed meanwhile: opening here would wait for ourselves
             files = self._owner.opened()
-            file = files.file(self._space)
+            file = files.file(self._database)
             bound = self._bound = files, file
-            self._db = file.databases[self._space]
+            self._db = file.databases[self._database]
             self._begin = file.environment.begin  # after _db: who sees it must see the handle
             if not self._owner.is_open(files):  # closed meanwhile: the next use opens anew
                 self.detach()
@@ -103,7 +105,7 @@ class Access:
 
     def _open_and_begin(self, _db: Any, *arguments: Any) -> Any:
         file = self._bind()[1]
-        return file.environment.begin(file.databases[self._space], *arguments)
+        return file.environment.begin(file.databases[self._database], *arguments)
 
     def _read_record(self, stored: bytes) -> bytes | None:
         # `begin` and `abort` by hand: a `with` block costs a tenth of a microsecond more.
@@ -111,6 +113,17 @@ class Access:
             txn = self._begin(self._db)
             try:
                 return txn.get(stored)  # type: ignore[no-any-return]
+            finally:
+                txn.abort()
+        except lmdb.Error as error:
+            raise self._translated(error) from error
+
+    def _view(self, body: Callable[..., T], *args: Any) -> T:
+        """Run a function in a read transaction."""
+        try:
+            txn = self._begin(self._db)
+            try:
+                return body(txn, *args)
             finally:
                 txn.abort()
         except lmdb.Error as error:
@@ -136,7 +149,7 @@ class Access:
         if self._bind()[1].durable:  # waits for the disk
             return await asyncio.to_thread(self._guarded, self._owner.timeout, body, *args)
         try:
-            return self._guarded(_LOOP_PATIENCE, body, *args)
+            return self._guarded(LOOP_PATIENCE, body, *args)
         except Busy:
             return await asyncio.to_thread(self._guarded, self._owner.timeout, body, *args)
 
@@ -173,6 +186,14 @@ class Access:
                 self._writing = None
                 release()
 
+    def remove_abandoned(self) -> None:
+        """Remove the files of large values that nothing refers to."""
+        self._guarded(UPKEEP_PATIENCE, self._remove_abandoned)
+
+    def _remove_abandoned(self, txn: Any) -> None:
+        for path in list(self._bind()[1].blobs.abandoned(txn)):
+            path.unlink(missing_ok=True)
+
     def _translated(self, error: lmdb.Error) -> StoreError:
         """Turn a driver's error into one of ours; a commit that failed changed nothing."""
         place = self._owner.place
@@ -186,7 +207,7 @@ class Access:
         return StoreUnavailable(f"the store in {place} failed: {error}")
 
     def _full(self) -> StoreFull:
-        name = "cache_size" if self._space == "cache" else "state_size"
+        name = "cache_size" if self._database == "cache" else "state_size"
         place = self._owner.place
         return StoreFull(
             f"the store in {place} has reached its {name}: delete keys, or raise the limit with "

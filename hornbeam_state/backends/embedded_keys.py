@@ -10,7 +10,7 @@ from hornbeam_state.backends import expiry
 from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN, Space, Usage
 from hornbeam_state.backends.blobs import LARGEST_INLINE, Blob, digest_of
 from hornbeam_state.backends.data_file import damaged
-from hornbeam_state.backends.embedded_access import Access, Owner
+from hornbeam_state.backends.embedded_access import UPKEEP_PATIENCE, Access, Owner
 from hornbeam_state.backends.records import (
     KEPT_OF_LONG_KEY,
     LONGEST_PLAIN_KEY,
@@ -29,7 +29,6 @@ from hornbeam_state.errors import CounterOverflow
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-_SWEEP_PATIENCE: Final = 0.1
 _ROOM_CHECKS: Final = 64  # of a limit are between two looks at how much is used
 
 
@@ -324,7 +323,7 @@ class EmbeddedKeyspace(Access):
 
     def remove(self, txn: Any, stored: bytes) -> bytes | None:
         """Remove a record and what belongs to it; return the record."""
-        record: bytes | None = txn.pop(stored, db=self._bind()[1].databases[self._space])
+        record: bytes | None = txn.pop(stored, db=self._bind()[1].databases[self._database])
         if record is not None:
             self._replaced(txn, stored, record, 0)
         return record
@@ -352,21 +351,13 @@ class EmbeddedKeyspace(Access):
         with self._transaction() as txn:
             if not expiry.is_due(txn, index, int(self._clock() * 1000)):
                 return 0
-        return self._guarded(_SWEEP_PATIENCE, self._sweep, index, most, neighbours)
+        return self._guarded(UPKEEP_PATIENCE, self._sweep, index, most, neighbours)
 
     def _sweep(
         self, txn: Any, index: Any, most: int, neighbours: Sequence[EmbeddedKeyspace]
     ) -> int:
         remove = {space.letter: space.remove for space in neighbours}
         return expiry.sweep(txn, index, int(self._clock() * 1000), most, remove)
-
-    def remove_abandoned(self) -> None:
-        """Remove files of large values that nothing refers to."""
-        self._guarded(_SWEEP_PATIENCE, self._remove_abandoned)
-
-    def _remove_abandoned(self, txn: Any) -> None:
-        for path in list(self._bind()[1].blobs.abandoned(txn)):
-            path.unlink(missing_ok=True)
 
     def _evictions(self, txn: Any) -> int:  # noqa: ARG002 - the cache counts them
         return 0

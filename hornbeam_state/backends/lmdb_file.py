@@ -17,8 +17,6 @@ from hornbeam_state.errors import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hornbeam_state.backends.base import Space
-
 DAMAGE: Final = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -37,7 +35,7 @@ class LmdbFile:
 
     Args:
         path: The data file.
-        spaces: The key spaces in it.
+        databases: The names of what it holds beside expiries and bookkeeping.
         map_size: Most bytes it may grow to.
         durable: Whether a commit waits for the disk.
         fresh: Nobody else has the store open.
@@ -45,7 +43,7 @@ class LmdbFile:
 
     Attributes:
         environment: The environment.
-        databases: The handle of each key space.
+        databases: The handle of each of these.
         index: The database of expiries.
         meta: The database for bookkeeping.
         blobs: The large values.
@@ -58,7 +56,7 @@ class LmdbFile:
     def __init__(
         self,
         path: Path,
-        spaces: Sequence[Space],
+        databases: Sequence[str],
         *,
         map_size: int,
         durable: bool,
@@ -71,12 +69,12 @@ class LmdbFile:
         self.environment = _open(path, map_size, durable=durable)
         self._writes = 0
         try:
-            self._open_databases(spaces, timeout)
+            self._open_databases(databases, timeout)
         except BaseException:
             self.environment.close()
             raise
 
-    def _open_databases(self, spaces: Sequence[Space], timeout: float) -> None:
+    def _open_databases(self, names: Sequence[str], timeout: float) -> None:
         # py-lmdb opens a database in a write transaction, even one that exists.
         if not self.guard.acquire(timeout):
             raise StoreUnavailable(
@@ -85,7 +83,7 @@ class LmdbFile:
             )
         try:
             open_db = self.environment.open_db
-            self.databases = {space: open_db(space.encode()) for space in spaces}
+            self.databases = {name: open_db(name.encode()) for name in names}
             self.index = open_db(b"expiry")
             self.meta = open_db(b"meta")
             references = open_db(b"blobs")

@@ -7,9 +7,12 @@ before it: this module keeps both rules.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
+from hornbeam_state.backends import mailboxes, subscribers
+from hornbeam_state.backends.base import Space
 from hornbeam_state.backends.directory import prepare_directory, write_note
 from hornbeam_state.backends.eviction import Sketch
 from hornbeam_state.backends.lmdb_file import LmdbFile
@@ -20,11 +23,15 @@ from hornbeam_state.errors import StoreUnavailable
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hornbeam_state.backends.base import Space
     from hornbeam_state.config import StoreConfig
+
+Database = Space | Literal["messages"]
 
 _STATE_MAP: Final = 1 << 40
 """Bytes reserved for the state file in every process: address space, not memory or disk."""
+
+_MESSAGES_MAP: Final = 1 << 34
+"""Most bytes of messages that wait, without those that lie in files of their own."""
 
 
 class LmdbFiles:
@@ -46,11 +53,16 @@ class LmdbFiles:
         self.directory = directory
         self.state_size = config.state_size
         self.users = 0
+        self._timeout = config.timeout
         self._snapshot_of = 0
+        self._messages: LmdbFile | None = None
+        self._opening_messages = threading.Lock()
         self._opened: list[LmdbFile] = []
         self._presence = Presence(directory)
         try:
             fresh = self._presence.alone
+            if fresh:
+                _remove_messages(directory)
             self.cache_size = _agreed_cache_size(directory, config.cache_size, decide=fresh)
             self.state = LmdbFile(
                 directory / "state.lmdb",
@@ -76,9 +88,29 @@ class LmdbFiles:
             self.close()
             raise
 
-    def file(self, space: Space) -> LmdbFile:
-        """Return the file that holds a key space."""
-        return self.cache if space == "cache" else self.state
+    def file(self, database: Database) -> LmdbFile:
+        """Return the file that holds a database."""
+        if database == "messages":
+            return self._messages or self._open_messages()
+        return self.cache if database == "cache" else self.state
+
+    def has_messages(self) -> bool:
+        """Return whether anyone has published or subscribed since the store was opened first."""
+        return (self.directory / "messages.lmdb").exists()
+
+    def _open_messages(self) -> LmdbFile:
+        with self._opening_messages:
+            if self._messages is None:
+                self._messages = LmdbFile(
+                    self.directory / "messages.lmdb",
+                    (*mailboxes.DATABASES, subscribers.DATABASE),
+                    map_size=_MESSAGES_MAP,
+                    durable=False,
+                    fresh=False,
+                    timeout=self._timeout,
+                )
+                self._opened.append(self._messages)
+            return self._messages
 
     def forget_dead_readers(self) -> bool:
         """Free the reader slots that killed processes left behind; nothing more to do then."""
@@ -108,6 +140,14 @@ class LmdbFiles:
         (``max_spare_txns=0``): freeing a kept one breaks the parent's next read.
         """
         self._presence.end()
+
+
+def _remove_messages(directory: Path) -> None:
+    """Remove what was published before; whoever it was for is gone."""
+    for name in ("messages.lmdb", "messages.lmdb-lock", "messages.guard"):
+        (directory / name).unlink(missing_ok=True)
+    for name in ("messages.blobs", "inboxes"):
+        shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def _agreed_cache_size(directory: Path, wanted: int, *, decide: bool) -> int:
