@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ from collections import Counter
 
 import pytest
 from processes import Child, Gate
+from values import is_whole, sealed
 
 from hornbeam_state import MISSING, open_store
 
@@ -18,16 +18,6 @@ pytestmark = pytest.mark.slow
 
 ROUNDS = 50
 WRITERS = 4
-
-
-def sealed(dice: random.Random, size: int) -> bytes:
-    """Return random bytes that begin with their own checksum."""
-    content = dice.randbytes(size)
-    return hashlib.blake2b(content, digest_size=16).digest() + content
-
-
-def is_whole(value: bytes) -> bool:
-    return hashlib.blake2b(value[16:], digest_size=16).digest() == value[:16]
 
 
 def write_until_told(note, url: str, name: str, seed: int) -> None:
