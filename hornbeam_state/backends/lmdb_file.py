@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import lmdb
 
 from hornbeam_state.backends.blobs import Blobs
-from hornbeam_state.backends.data_file import damaged
+from hornbeam_state.backends.data_file import check_while_shared, damaged
 from hornbeam_state.backends.mapped_file import reserve
 from hornbeam_state.backends.write_guard import make_write_guard
 from hornbeam_state.errors import StoreUnavailable
@@ -80,12 +80,25 @@ class LmdbFile:
                 path.unlink(missing_ok=True)
             raise
         try:
-            self._open_databases(spaces, timeout)
+            self._open_databases(spaces, timeout, suspect=not fresh and self._looks_damaged())
         except BaseException:
             self.environment.close()
             raise
 
-    def _open_databases(self, spaces: Sequence[Space], timeout: float) -> None:
+    def _looks_damaged(self) -> bool:
+        """Look at a file that others are writing to, without making them wait.
+
+        With a transaction open no page of the newest state is used anew meanwhile. But the file
+        grows, so that what looks like damage has to be looked at again with the guard held.
+        """
+        with self.environment.begin():
+            try:
+                check_while_shared(self.path)
+            except StoreUnavailable:
+                return True
+        return False
+
+    def _open_databases(self, spaces: Sequence[Space], timeout: float, *, suspect: bool) -> None:
         # py-lmdb opens a database in a write transaction, even one that exists.
         if not self.guard.acquire(timeout):
             raise StoreUnavailable(
@@ -93,6 +106,8 @@ class LmdbFile:
                 f"it is stopped or starved of CPU"
             )
         try:
+            if suspect:
+                check_while_shared(self.path)
             open_db = self.environment.open_db
             self.databases = {space: open_db(space.encode()) for space in spaces}
             self.index = open_db(b"expiry")
