@@ -88,7 +88,10 @@ class AsyncLink:
                     raise
                 await pool.give_back(connection)
         except FAILURES as error:
-            raise self._policy.explain(stage, error) from error
+            failure = self._policy.explain(stage, error)
+            if isinstance(failure, Interrupted) and failure.timed_out and stage is Stage.WAITING:
+                await pool.drop_idle()  # see `Link`: they may be as dead
+            raise failure from error
         self._policy.breaker.succeeded()
         return replies
 
@@ -174,6 +177,11 @@ class LoopPool:
         self._open.discard(connection)
         with contextlib.suppress(*FAILURES):
             await connection.disconnect(nowait=True)
+
+    async def drop_idle(self) -> None:
+        """Close the idle connections for good. Does not yield to the event loop."""
+        while self._idle:
+            await self.drop(self._idle.pop())
 
     async def close(self) -> None:
         """Close the idle connections now, and each other when its call ends."""

@@ -176,7 +176,12 @@ class Link:
             if connection is not None:
                 connection.disconnect()
             if isinstance(error, FAILURES):
-                raise self._policy.explain(stage, error) from error
+                failure = self._policy.explain(stage, error)
+                if isinstance(failure, Interrupted) and failure.timed_out:
+                    # What cut this one off without a word may have cut off the idle ones too, and
+                    # each would cost a timeout to find out.
+                    self.close()
+                raise failure from error
             raise
         if idle is self._idle and len(idle) < _IDLE:
             idle.append(connection)

@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import end_all
 from redis_servers import Server
+
+pytest.register_assert_rewrite("processes")
+
+from processes import end_all  # noqa: E402 - not before its asserts are to be rewritten
 
 _told = pytest.StashKey[list[str]]()
 

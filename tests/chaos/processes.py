@@ -90,7 +90,9 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 self.send(signal.SIGKILL)
             self.outcome()
-        os.close(self._notes)
+        if self._notes >= 0:
+            os.close(self._notes)
+            self._notes = -1
 
 
 _children: list[Child] = []
@@ -126,6 +128,9 @@ class Gate:
     def wait(self, seconds: float = 60.0) -> None:
         """Wait, in any process, until the gate is open."""
         assert select.select([self._reader], [], [], seconds)[0], "the gate stayed closed"
+
+    def is_open(self) -> bool:
+        return bool(select.select([self._reader], [], [], 0)[0])
 
     def open(self) -> None:
         os.write(self._writer, b".")  # never read, so that everyone sees it

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 
 import pytest
-from processes import Child, Gate
+from processes import Child
 from values import is_whole, sealed
 
 from hornbeam_state import MISSING, open_store
@@ -56,14 +57,13 @@ def look(_note, url: str) -> dict:
         for prefix in ("value/", "large/")
         for value in space.get_multi(space.keys(prefix)).values()
     ]
-    readers = store.backend.opened().state.environment.readers()
     return {
         "n": store.get("n", 0),
         "cas": store.get("cas", 0),
         "own": [key.removeprefix("own/") for key in store.keys("own/")],
         "whole": sum(map(is_whole, found)),
         "torn": sum(not is_whole(value) for value in found),
-        "slots": sum(line.split()[0].isdigit() for line in readers.splitlines()),
+        "slots": slots_in_use(store),
     }
 
 
@@ -116,3 +116,85 @@ def test_fifty_rounds_of_kills_tear_nothing(url, tell):
         f"cas: {acknowledged['cas']}, {found['cas']}, {unknown['cas']}; "
         f"{seen['whole']} values read back, none torn"
     )
+
+
+PROCESSES = 1000
+
+
+def live_shortly(note, url: str, end: str) -> None:
+    """Open, count, note how long that took, and end in one of several ways."""
+    started = time.monotonic()
+    store = open_store(url, timeout=30)
+    store.check()
+    note(f"{time.monotonic() - started}")
+    note("?")
+    store.incr("n")
+    note("!")
+    if end == "close":
+        store.close()
+    elif end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif end == "killed within a read":
+        with store.backend.keyspace("app")._transaction():
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif end == "killed within a write":
+        store.backend.keyspace("app")._write(lambda _txn: os.kill(os.getpid(), signal.SIGKILL))
+    elif end == "killed anywhere":
+        threading.Timer(random.random() * 0.01, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        while True:
+            note("?")
+            store.incr("n")
+            note("!")
+
+
+ENDS = (
+    "exit",
+    "close",
+    "killed",
+    "killed within a read",
+    "killed within a write",
+    "killed anywhere",
+)
+
+
+def test_a_thousand_processes_come_and_go(url, tell):
+    """In turn and four at a time: counts are exact, slots are given back, opening stays quick."""
+    dice = random.Random(3)
+    keeper = open_store(url, timeout=30)  # stays, as a server would: nobody after it is alone
+    keeper.check()
+    acknowledged = unknown = most_slots = 0
+    opening, ends = [], Counter()
+    while len(opening) < PROCESSES:
+        together = dice.choice([1, 1, 1, 4])
+        chosen = [dice.choice(ENDS) for _ in range(together)]
+        children = [Child(live_shortly, url, end) for end in chosen]
+        for child, end in zip(children, chosen, strict=True):
+            outcome = child.outcome()
+            assert outcome.error is None
+            assert outcome.code == (-signal.SIGKILL if "killed" in end else 0), end
+            first, *notes = child.notes()
+            opening.append(float(first))
+            acknowledged += notes.count("!")
+            unknown += notes.count("?") - notes.count("!")
+            child.close()
+            ends[end] += 1
+        most_slots = max(most_slots, slots_in_use(keeper))
+    keeper.backend.opened().forget_dead_readers()
+    counted, slots = keeper.get("n"), slots_in_use(keeper)
+    keeper.close()
+    assert acknowledged <= counted <= acknowledged + unknown
+    assert unknown <= ends["killed anywhere"]
+    assert most_slots < 100
+    assert slots <= 1
+    first, last = (sorted(part)[len(part) // 2] for part in (opening[:100], opening[-100:]))
+    assert last < 3 * first + 0.01
+    tell(
+        f"{len(opening)} processes; {acknowledged} increments acknowledged, {counted} counted; at "
+        f"most {most_slots} reader slots, {slots} at the end; opening took {first * 1000:.1f} ms "
+        f"at first and {last * 1000:.1f} ms at last"
+    )
+
+
+def slots_in_use(store) -> int:
+    readers = store.backend.opened().state.environment.readers()
+    return sum(line.split()[0].isdigit() for line in readers.splitlines())
