@@ -37,6 +37,7 @@ class Presence:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._descriptor = os.open(directory / "users", flags, 0o600)
         try:
@@ -53,8 +54,9 @@ class Presence:
             raise
 
     def welcome_others(self) -> None:
-        """Let others open the store."""
+        """Let others open the store, now that its files are there and sound."""
         if self.alone:
+            note_boot(self._directory)
             lock_range(self._descriptor, fcntl.F_RDLCK)
 
     def end(self) -> None:
@@ -103,7 +105,6 @@ def _check_files_alone(directory: Path) -> None:
         if not rebooted:
             raise
         _say_loudly(recover(state, str(error), _check_snapshot))
-    note_boot(directory)
 
 
 def _check_snapshot(path: Path) -> None:
