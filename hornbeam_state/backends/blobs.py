@@ -8,6 +8,7 @@ file goes when nothing refers to it any more; one that a killed process left beh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -64,15 +65,18 @@ class Blobs:
         Raises:
             StoreFull: the disk is full.
         """
-        descriptor, name = tempfile.mkstemp(prefix=".new-", dir=self._directory)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(value)
-                if self._durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+            descriptor, name = tempfile.mkstemp(prefix=".new-", dir=self._directory)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(value)
+                    if self._durable:
+                        file.flush()
+                        os.fsync(file.fileno())
+            except OSError:
+                Path(name).unlink()
+                raise
         except OSError as error:
-            Path(name).unlink()
             raise StoreFull(f"cannot write a large value: {error.strerror}") from error
         return Blob(digest_of(value), len(value), Path(name))
 
@@ -137,8 +141,9 @@ class Blobs:
             referred = not path.name.startswith(".") and txn.get(
                 bytes.fromhex(path.name), db=self._references
             )
-            if not referred and path.stat().st_mtime < before:
-                yield path
+            with contextlib.suppress(FileNotFoundError):  # its writer has just removed it
+                if not referred and path.stat().st_mtime < before:
+                    yield path
 
     def _account(self, txn: Any, size: int) -> None:
         txn.put(_BYTES_KEPT, b"%d" % (self.size(txn) + size), db=self._references)

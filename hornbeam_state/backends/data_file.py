@@ -22,12 +22,14 @@ _MAGIC: Final = 0xBEEFC0DE
 _LMDB_VERSION: Final = 1
 _THOROUGH_UP_TO: Final = 64 * 1024 * 1024  # about 0.3 s for values of 1 KB
 
+_THOROUGH_WHILE_SHARED: Final = 8 * 1024 * 1024  # at most 0.2 s
+
 
 def check_data_file(path: Path, *, alone: bool, whatever_its_size: bool = False) -> None:
     """Refuse a data file that LMDB could not map safely.
 
     LMDB trusts its file: reading a page past the end of a truncated one kills the process with
-    SIGBUS. A missing or empty file is fine: it is a new store.
+    SIGBUS. A missing or empty file is fine for the first to open it: it is a new store.
 
     Args:
         path: The data file.
@@ -42,17 +44,37 @@ def check_data_file(path: Path, *, alone: bool, whatever_its_size: bool = False)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if not size:
-                return
-            needed = _size_by_header(path, file)
+            if size:
+                needed = _size_by_header(path, file)
     except FileNotFoundError:
-        return
-    if not alone:
+        size = 0
+    if not size and not alone:
+        raise damaged(path, "it is missing or empty, though another process has the store open")
+    if not size or not alone:
         return
     if size < needed or whatever_its_size or size <= _THOROUGH_UP_TO:
         _verify(path)
     if size < needed:
         os.truncate(path, needed)
+
+
+def check_while_shared(path: Path) -> None:
+    """Refuse a data file that others write to meanwhile, if its structure is damaged.
+
+    A large file is verified only if it ends early: every process that joins pays for this.
+
+    Args:
+        path: The data file.
+
+    Raises:
+        StoreUnavailable: the file is damaged, or was written to meanwhile.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        needed = _size_by_header(path, file)
+    if _THOROUGH_WHILE_SHARED < size >= needed:
+        return
+    _verify(path)
 
 
 def _size_by_header(path: Path, file: BinaryIO) -> int:

@@ -9,6 +9,7 @@ Commits go to the page cache, not to the disk: they survive ``kill -9`` of any p
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from hornbeam_state.backends.embedded_messages import Messages
 from hornbeam_state.backends.kernel_locks import KernelLock, try_kernel_lock
 from hornbeam_state.backends.lmdb_files import LmdbFiles, acquire_files, release_files
 from hornbeam_state.backends.upkeep import Duty, Upkeep
+from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +59,7 @@ class EmbeddedBackend:
     def __init__(self, config: StoreConfig, *, clock: Callable[[], float] = time.time) -> None:
         self._config = config
         self._opening = threading.Lock()
+        self._failed: tuple[float, str] | None = None  # when opening failed last, and why
         self._open = _Open()
         self._held: weakref.WeakSet[KernelLock] = weakref.WeakSet()
         self._keyspaces: dict[Space, EmbeddedKeyspace] = {
@@ -92,16 +95,35 @@ class EmbeddedBackend:
         """Open the files, if not done yet."""
         self.opened()
 
-    def opened(self) -> LmdbFiles:
-        """Return the open files, opening them first where needed."""
+    def opened(self, asked: float | None = None) -> LmdbFiles:
+        """Return the open files, opening them first where needed.
+
+        Many who wait for one attempt share how it ends: if each tried in turn, the last would
+        wait for the sum of all timeouts.
+
+        Args:
+            asked: Since when the caller waits, by the monotonic clock; None: since now.
+        """
         files = self._open.files
         if files is None:
+            asked = time.monotonic() if asked is None else asked
             with self._opening:
                 files = self._open.files
                 if files is None:
-                    files = acquire_files(self._with_directory())
-                    self._open.upkeep = self._start_upkeep(files)
-                    self._open.files = files
+                    files = self._open_unless_failed(asked)
+        return files
+
+    def _open_unless_failed(self, asked: float) -> LmdbFiles:
+        if self._failed is not None and self._failed[0] >= asked:
+            raise StoreUnavailable(self._failed[1])
+        try:
+            files = acquire_files(self._with_directory())
+        except StoreUnavailable as error:
+            self._failed = time.monotonic(), str(error)
+            raise
+        self._failed = None
+        self._open.upkeep = self._start_upkeep(files)
+        self._open.files = files
         return files
 
     def is_open(self, files: LmdbFiles) -> bool:
@@ -160,7 +182,9 @@ class EmbeddedBackend:
         return held
 
     async def atry_lock(self, name: bytes, ttl: float) -> KernelLock | None:
-        """Awaitable twin of `try_lock`, which does not wait."""
+        """Awaitable twin of `try_lock`, which waits at most for the store to be opened."""
+        if self._open.files is None:
+            await asyncio.to_thread(self.opened, time.monotonic())
         return self.try_lock(name, ttl)
 
     def publish(self, topic: bytes, payload: bytes) -> int:
@@ -196,8 +220,8 @@ class EmbeddedBackend:
             release_files(files)
 
     async def aclose(self) -> None:
-        """Awaitable twin of `close`."""
-        self.close()
+        """Awaitable twin of `close`; in a thread, since it waits for a writer at work."""
+        await asyncio.to_thread(self.close)
 
     @property
     def upkeep(self) -> Upkeep | None:

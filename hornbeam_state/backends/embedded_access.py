@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import shutil
+import time
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_NO_ROOM: Final = 1024 * 1024
+"""Bytes below which a disk counts as full."""
 
 LOOP_PATIENCE: Final = 0.002
 """Seconds an event loop waits for another writer before a thread waits instead."""
@@ -51,8 +56,8 @@ class Owner(Protocol):
         """Where the store is, for messages; known without opening it."""
         ...
 
-    def opened(self) -> LmdbFiles:
-        """Return the open files, opening them where needed."""
+    def opened(self, asked: float | None = None) -> LmdbFiles:
+        """Return the open files, opening them where needed; `asked`: since when this waits."""
         ...
 
     def is_open(self, files: LmdbFiles) -> bool:
@@ -73,6 +78,7 @@ class Access:
         self._database: Database = database
         self._bound: tuple[LmdbFiles, LmdbFile] | None = None
         self._writing: tuple[int, tuple[LmdbFiles, LmdbFile]] | None = None
+        self._waiting = 0  # how many tasks wait in threads for another writer
         self._db: Any = None
         self._begin: Callable[..., Any] = self._open_and_begin
 
@@ -87,14 +93,18 @@ class Access:
         if forked:
             self._db = None
 
-    def _bind(self) -> tuple[LmdbFiles, LmdbFile]:
-        """Return the store's files and this database's, opening them where needed."""
+    def _bind(self, asked: float | None = None) -> tuple[LmdbFiles, LmdbFile]:
+        """Return the store's files and this database's, opening them where needed.
+
+        Args:
+            asked: Since when the caller waits, by the monotonic clock; None: since now.
+        """
         bound = self._bound
         if bound is None:
             writing = self._writing
             if writing is not None and writing[0] == get_ident():
                 return writing[1]  # closed meanwhile: opening here would wait for ourselves
-            files = self._owner.opened()
+            files = self._owner.opened(asked)
             file = files.file(self._database)
             bound = self._bound = files, file
             self._db = file.databases[self._database]
@@ -102,6 +112,11 @@ class Access:
             if not self._owner.is_open(files):  # closed meanwhile: the next use opens anew
                 self.detach()
         return bound
+
+    async def _aopen(self) -> None:
+        """Open the files where needed, in a thread: that may mean waiting, and checking them."""
+        if self._bound is None:
+            await asyncio.to_thread(self._bind, time.monotonic())
 
     def _open_and_begin(self, _db: Any, *arguments: Any) -> Any:
         file = self._bind()[1]
@@ -142,16 +157,32 @@ class Access:
         """Run a function in a transaction: committed at its end, undone by an error."""
         return self._guarded(self._owner.timeout, body, *args)
 
+    def _deadline(self) -> float:
+        """Return until when a write that begins now may wait, by the monotonic clock."""
+        return time.monotonic() + self._owner.timeout
+
+    def _write_by(self, deadline: float, body: Callable[..., T], *args: Any) -> T:
+        """Like `_write`, where some of the time to wait may be over."""
+        return self._guarded(max(deadline - time.monotonic(), 0.0), body, *args)
+
     async def _awrite(
         self, body: Callable[Concatenate[Any, P], T], *args: P.args, **_: P.kwargs
     ) -> T:
-        """Awaitable twin of `_write`: in a thread only if another writer makes it wait."""
-        if self._bind()[1].durable:  # waits for the disk
-            return await asyncio.to_thread(self._guarded, self._owner.timeout, body, *args)
+        """Awaitable twin of `_write`: in a thread only if another writer makes it wait.
+
+        Waiting for a free thread counts. Where others wait already, the loop does not wait at
+        all: its patience, spent anew for each of hundreds of tasks, would hold it up.
+        """
+        deadline = self._deadline()
+        await self._aopen()
+        if not self._bind()[1].durable:  # else it waits for the disk
+            with contextlib.suppress(Busy):
+                return self._guarded(0.0 if self._waiting else LOOP_PATIENCE, body, *args)
+        self._waiting += 1
         try:
-            return self._guarded(LOOP_PATIENCE, body, *args)
-        except Busy:
-            return await asyncio.to_thread(self._guarded, self._owner.timeout, body, *args)
+            return await asyncio.to_thread(self._write_by, deadline, body, *args)
+        finally:
+            self._waiting -= 1
 
     def _guarded(self, patience: float, body: Callable[..., T], *args: Any) -> T:
         """Run a function in a write transaction, with the guard held.
@@ -168,7 +199,8 @@ class Access:
             if not taken:
                 raise Busy(
                     f"another process has been writing to the store in {self._owner.place} for "
-                    f"{patience} s: it is stopped or starved of CPU. Nothing was written"
+                    f"longer than a writer waits: it is stopped or starved of CPU. Nothing was "
+                    f"written"
                 )
             self._writing = get_ident(), bound
             file.blobs.doomed.clear()  # what an undone transaction wanted removed stays
@@ -179,6 +211,8 @@ class Access:
             file.count_write()
         except lmdb.Error as error:
             raise self._translated(error) from error
+        except OSError as error:  # of the file of a large value
+            raise self._unwritten(error) from error
         else:
             return result
         finally:
@@ -199,12 +233,24 @@ class Access:
         place = self._owner.place
         if isinstance(error, lmdb.MapFullError):
             return self._full()
-        if error.code in (errno.ENOSPC, errno.EDQUOT):
-            return StoreFull(f"the disk under the store in {place} is full")
+        if error.code in (errno.ENOSPC, errno.EDQUOT) or self._was_cut_short(error):
+            return self._disk_full()
         if isinstance(error, DAMAGE):
             path = self._bound[1].path if self._bound else Path(place)
             return damaged(path, str(error))
         return StoreUnavailable(f"the store in {place} failed: {error}")
+
+    def _was_cut_short(self, error: lmdb.Error) -> bool:
+        """Return whether it is what LMDB makes of a write that the disk had room for in part."""
+        return error.code == errno.EIO and shutil.disk_usage(self._owner.place).free < _NO_ROOM
+
+    def _unwritten(self, error: OSError) -> StoreError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return self._disk_full()
+        return StoreUnavailable(f"cannot write to the store in {self._owner.place}: {error}")
+
+    def _disk_full(self) -> StoreFull:
+        return StoreFull(f"the disk under the store in {self._owner.place} is full")
 
     def _full(self) -> StoreFull:
         name = "cache_size" if self._database == "cache" else "state_size"

@@ -70,6 +70,8 @@ class EmbeddedKeyspace(Access):
 
     async def aget(self, key: bytes) -> bytes | None:
         """Awaitable twin of `get`: direct, since it takes less than handing it to a thread."""
+        if self._bound is None:
+            await self._aopen()
         return self.get(key)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -81,6 +83,7 @@ class EmbeddedKeyspace(Access):
 
     async def aget_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Awaitable twin of `get_many`."""
+        await self._aopen()
         return self.get_many(keys)
 
     def ttl(self, key: bytes) -> float | None:
@@ -94,6 +97,7 @@ class EmbeddedKeyspace(Access):
 
     async def attl(self, key: bytes) -> float | None:
         """Awaitable twin of `ttl`."""
+        await self._aopen()
         return self.ttl(key)
 
     def keys(self, prefix: bytes = b"") -> list[bytes]:
@@ -105,6 +109,7 @@ class EmbeddedKeyspace(Access):
 
     async def akeys(self, prefix: bytes = b"") -> list[bytes]:
         """Awaitable twin of `keys`; in a thread, since it may take long."""
+        await self._aopen()
         return await asyncio.to_thread(self.keys, prefix)
 
     def usage(self, prefix: bytes = b"") -> Usage:
@@ -126,6 +131,7 @@ class EmbeddedKeyspace(Access):
 
     async def ausage(self, prefix: bytes = b"") -> Usage:
         """Awaitable twin of `usage`; in a thread, since it may take long."""
+        await self._aopen()
         return await asyncio.to_thread(self.usage, prefix)
 
     # Writes. Each is a function of a transaction; `_write` and `_awrite` run it.
@@ -143,13 +149,18 @@ class EmbeddedKeyspace(Access):
 
     def put_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
         """Store all items in one transaction."""
+        self._put_many(self._deadline(), items, ttl)
+
+    def _put_many(self, deadline: float, items: Mapping[bytes, bytes], ttl: float | None) -> None:
         with self._large_apart(items) as prepared:
-            self._write(self._put, prepared, ttl)
+            self._write_by(deadline, self._put, prepared, ttl)
 
     async def aput_many(self, items: Mapping[bytes, bytes], ttl: float | None = None) -> None:
         """Awaitable twin of `put_many`; in a thread where it writes a file."""
         if any(len(value) > LARGEST_INLINE for value in items.values()):
-            await asyncio.to_thread(self.put_many, items, ttl)
+            deadline = self._deadline()
+            await self._aopen()
+            await asyncio.to_thread(self._put_many, deadline, items, ttl)
         else:
             await self._awrite(self._put, items, ttl)
 
@@ -170,15 +181,22 @@ class EmbeddedKeyspace(Access):
         self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None = None
     ) -> bool:
         """Store the value if the present one is as expected."""
+        return self._cas_by(self._deadline(), key, expected, value, ttl)
+
+    def _cas_by(
+        self, deadline: float, key: bytes, expected: bytes | None, value: bytes, ttl: float | None
+    ) -> bool:
         with self._large_apart({key: value}) as prepared:
-            return self._write(self._cas, key, expected, prepared[key], ttl)
+            return self._write_by(deadline, self._cas, key, expected, prepared[key], ttl)
 
     async def acas(
         self, key: bytes, expected: bytes | None, value: bytes, ttl: float | None = None
     ) -> bool:
         """Awaitable twin of `cas`; in a thread where it writes a file."""
         if len(value) > LARGEST_INLINE:
-            return await asyncio.to_thread(self.cas, key, expected, value, ttl)
+            deadline = self._deadline()
+            await self._aopen()
+            return await asyncio.to_thread(self._cas_by, deadline, key, expected, value, ttl)
         return await self._awrite(self._cas, key, expected, value, ttl)
 
     def _cas(
@@ -245,7 +263,9 @@ class EmbeddedKeyspace(Access):
 
     async def aclear(self, prefix: bytes = b"") -> int:
         """Awaitable twin of `clear`; in a thread, since it may take long."""
-        return await asyncio.to_thread(self.clear, prefix)
+        deadline = self._deadline()
+        await self._aopen()
+        return await asyncio.to_thread(self._write_by, deadline, self._clear, prefix)
 
     def _clear(self, txn: Any, prefix: bytes) -> int:
         found = [stored for stored, _, _ in self._under(txn, prefix)]

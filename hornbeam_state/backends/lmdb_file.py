@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import lmdb
 
 from hornbeam_state.backends.blobs import Blobs
-from hornbeam_state.backends.data_file import damaged
+from hornbeam_state.backends.data_file import check_while_shared, damaged
+from hornbeam_state.backends.mapped_file import reserve
 from hornbeam_state.backends.write_guard import make_write_guard
 from hornbeam_state.errors import StoreUnavailable
 
@@ -26,6 +27,8 @@ DAMAGE: Final = (
 )
 """LMDB's errors that mean a damaged file."""
 
+_MOST_READERS: Final = 2048
+_LOCK_FILE_SIZE: Final = 64 * _MOST_READERS + 128  # what LMDB 0.9 makes of so many readers
 _CHECK_READERS_EVERY: Final = 1000
 _CLOSING_PATIENCE: Final = 5.0
 
@@ -66,15 +69,35 @@ class LmdbFile:
         self.path = path
         self.durable = durable
         self.guard = make_write_guard(path.with_suffix(".guard"), fresh=fresh)
-        self.environment = _open(path, map_size, durable=durable)
         self._writes = 0
+        new = fresh and not (path.exists() and path.stat().st_size)
         try:
-            self._open_databases(databases, timeout)
+            self.environment = _open(path, map_size, durable=durable)
+        except StoreUnavailable:
+            if new:  # on a full disk LMDB leaves half a header, which would look like damage
+                path.unlink(missing_ok=True)
+            raise
+        try:
+            suspect = not fresh and self._looks_damaged()
+            self._open_databases(databases, timeout, suspect=suspect)
         except BaseException:
             self.environment.close()
             raise
 
-    def _open_databases(self, names: Sequence[str], timeout: float) -> None:
+    def _looks_damaged(self) -> bool:
+        """Look at a file that others are writing to, without making them wait.
+
+        With a transaction open no page of the newest state is used anew meanwhile. But the file
+        grows, so that what looks like damage has to be looked at again with the guard held.
+        """
+        with self.environment.begin():
+            try:
+                check_while_shared(self.path)
+            except StoreUnavailable:
+                return True
+        return False
+
+    def _open_databases(self, names: Sequence[str], timeout: float, *, suspect: bool) -> None:
         # py-lmdb opens a database in a write transaction, even one that exists.
         if not self.guard.acquire(timeout):
             raise StoreUnavailable(
@@ -82,13 +105,17 @@ class LmdbFile:
                 f"it is stopped or starved of CPU"
             )
         try:
+            if suspect:
+                check_while_shared(self.path)
             open_db = self.environment.open_db
             self.databases = {name: open_db(name.encode()) for name in names}
             self.index = open_db(b"expiry")
             self.meta = open_db(b"meta")
             references = open_db(b"blobs")
-        except lmdb.Error as error:
+        except DAMAGE as error:
             raise damaged(self.path, str(error)) from error
+        except lmdb.Error as error:
+            raise StoreUnavailable(f"cannot open the store file {self.path}: {error}") from error
         finally:
             self.guard.release()
         directory = self.path.with_suffix(".blobs")
@@ -128,6 +155,7 @@ def _open(path: Path, map_size: int, *, durable: bool) -> Any:
     ``writemap`` would make writes four times as fast, and a full disk a SIGBUS.
     """
     try:
+        _reserve_lock_file(path)
         try:
             environment = _open_once(path, map_size, durable=durable)
         except lmdb.Error as error:
@@ -153,11 +181,26 @@ def _open_once(path: Path, map_size: int, *, durable: bool) -> Any:
         metasync=durable,
         readahead=False,
         mode=0o600,
-        max_readers=2048,
+        max_readers=_MOST_READERS,
         max_dbs=8,
         max_spare_txns=0,
         lib_version=0,
     )
+
+
+def _reserve_lock_file(path: Path) -> None:
+    """Allocate LMDB's table of readers, which it makes as one large hole and writes to by a map.
+
+    Closing a descriptor of that file gives up the locks that this process has on it, so this
+    must come before LMDB opens it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    descriptor = os.open(path.with_name(f"{path.name}-lock"), flags, 0o600)
+    try:
+        if os.fstat(descriptor).st_blocks * 512 < _LOCK_FILE_SIZE:
+            reserve(descriptor, _LOCK_FILE_SIZE)
+    finally:
+        os.close(descriptor)
 
 
 def _forget_inherited(path: Path) -> None:

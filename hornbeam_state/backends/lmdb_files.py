@@ -183,7 +183,8 @@ def acquire_files(config: StoreConfig) -> LmdbFiles:
             return files
     except OSError as error:
         raise StoreUnavailable(
-            f"cannot open the store {config.safe_url}: {error.filename or ''} {error.strerror}"
+            f"cannot open the store {config.safe_url}: "
+            f"{' '.join(filter(None, (error.filename, error.strerror)))}"
         ) from error
 
 

@@ -37,15 +37,15 @@ class Presence:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._descriptor = os.open(directory / "users", flags, 0o600)
         try:
-            self.alone = lock_range(self._descriptor, fcntl.F_WRLCK)
+            self.alone = self._enter()
             if self.alone:
                 check_namespace(directory, alone=True)
                 _check_files_alone(directory)
             else:
-                self._share()  # first, since one that is alone is still writing its notes
                 check_namespace(directory, alone=False)
                 check_data_file(directory / "state.lmdb", alone=False)
                 check_data_file(directory / "cache.lmdb", alone=False)
@@ -54,24 +54,31 @@ class Presence:
             raise
 
     def welcome_others(self) -> None:
-        """Let others open the store."""
+        """Let others open the store, now that its files are there and sound."""
         if self.alone:
-            self._share()
+            note_boot(self._directory)
+            lock_range(self._descriptor, fcntl.F_RDLCK)
 
     def end(self) -> None:
         """Stop being a user; in a forked child, leave that to the parent."""
         os.close(self._descriptor)
 
-    def _share(self, timeout: float = 10.0) -> None:
-        """Turn the lock into a shared one, once whoever checks the files is done."""
+    def _enter(self, timeout: float = 10.0) -> bool:
+        """Take the lock: alone, or with others once whoever checks the files is done.
+
+        One that checked them and failed leaves; whoever waited for it may be alone then.
+        """
         deadline = time.monotonic() + timeout
-        while not lock_range(self._descriptor, fcntl.F_RDLCK):
+        while not (alone := lock_range(self._descriptor, fcntl.F_WRLCK)):
+            if lock_range(self._descriptor, fcntl.F_RDLCK):
+                break
             if time.monotonic() > deadline:
                 raise StoreUnavailable(
                     f"another process has been checking the store's files for {timeout:.0f} s; "
                     f"try again"
                 )
             time.sleep(0.005)
+        return alone
 
 
 def _check_files_alone(directory: Path) -> None:
@@ -98,7 +105,6 @@ def _check_files_alone(directory: Path) -> None:
         if not rebooted:
             raise
         _say_loudly(recover(state, str(error), _check_snapshot))
-    note_boot(directory)
 
 
 def _check_snapshot(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from redis import exceptions as driver
 
 from hornbeam_state.backends.redis_connections import aask, aread, packed
-from hornbeam_state.backends.redis_errors import FAILURES, Stage, explained
+from hornbeam_state.backends.redis_errors import FAILURES, Interrupted, Stage, explained
 from hornbeam_state.backends.redis_routes import Inquiry, Outcome, Pause, Send, Together
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ class AsyncLink:
                     raise
                 await pool.give_back(connection)
         except FAILURES as error:
-            return explained(stage, error)
+            failure = explained(stage, error)
+            if isinstance(failure, Interrupted) and failure.timed_out and stage is Stage.WAITING:
+                await pool.drop_idle()  # see `Link`: they may be as dead
+            return failure
         return replies
 
     async def _send_all(self, pools: LoopPools, sends: Sequence[Send]) -> list[Outcome]:
@@ -265,6 +268,10 @@ class LoopPool:
     async def retire(self) -> None:
         """Drop the idle connections, and each other when its call ends. Does not yield."""
         self._closed = True
+        await self.drop_idle()
+
+    async def drop_idle(self) -> None:
+        """Close the idle connections for good. Does not yield to the event loop."""
         while self._idle:
             await self.drop(self._idle.pop())
 

@@ -147,7 +147,12 @@ class Link:
             if connection is not None:
                 connection.disconnect()
             if isinstance(error, FAILURES):
-                return explained(stage, error)
+                failure = explained(stage, error)
+                if isinstance(failure, Interrupted) and failure.timed_out:
+                    # What cut this one off without a word may have cut off the idle ones too, and
+                    # each would cost a timeout to find out.
+                    pool.drop_idle()
+                return failure
             raise
         if send.deadline is not None:
             connection.update_current_socket_timeout(self._connector.timeout)
@@ -241,6 +246,10 @@ class Pool:
     def close(self) -> None:
         """Close the idle connections, and from now on all that are given back."""
         self._closed = True
+        self.drop_idle()
+
+    def drop_idle(self) -> None:
+        """Close the idle connections."""
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.disconnect()

@@ -38,18 +38,23 @@ def take_snapshot(environment: Any, data_file: Path) -> None:
         StoreFull: the disk has no room for it; the last snapshot is kept.
         StoreUnavailable: it cannot be written.
     """
+    try:
+        _write_copy(environment, data_file)
+    except (OSError, lmdb.Error) as error:
+        if shutil.disk_usage(data_file.parent).free < data_file.stat().st_size:
+            raise StoreFull(f"no room on the disk for a snapshot of {data_file}") from error
+        raise StoreUnavailable(f"cannot write a snapshot of {data_file}: {error}") from error
+
+
+def _write_copy(environment: Any, data_file: Path) -> None:
     descriptor, name = tempfile.mkstemp(prefix=".new-", dir=data_file.parent)
     try:
         environment.copyfd(descriptor, compact=True)
         os.fsync(descriptor)
         Path(name).rename(snapshot_of(data_file))
         _sync_directory(data_file.parent)
-    except (OSError, lmdb.Error) as error:
-        Path(name).unlink(missing_ok=True)
-        if shutil.disk_usage(data_file.parent).free < data_file.stat().st_size:
-            raise StoreFull(f"no room on the disk for a snapshot of {data_file}") from error
-        raise StoreUnavailable(f"cannot write a snapshot of {data_file}: {error}") from error
     finally:
+        Path(name).unlink(missing_ok=True)
         os.close(descriptor)
 
 

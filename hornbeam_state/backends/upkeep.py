@@ -114,7 +114,8 @@ class Upkeep:
             try:
                 while self._step(duty) and not self._stopping.wait(_PAUSE):
                     pass
-            except StoreError as error:  # busy, or the disk is full: the next time may go better
+            # Busy, or the disk is full or worse: the next time may go better.
+            except (StoreError, OSError) as error:
                 logger.warning("upkeep of the store failed: %s", error)
             duty.due = time.monotonic() + duty.every
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SIZE: Final = 4096
+_STEP: Final = 0.05  # seconds
 _ATTRIBUTES_SIZE: Final = 64  # of pthread_mutexattr_t; it is smaller everywhere
 _CLOCK_MONOTONIC: Final = 1
 _PTHREAD_PROCESS_SHARED: Final = 1
@@ -94,9 +95,7 @@ class WriteGuard:
         """
         result = self._try(self._mutex)
         if result == errno.EBUSY and timeout > 0:
-            until = time.monotonic() + timeout
-            deadline = _Timespec(int(until), int(until % 1 * 1e9))
-            result = self._wait(self._mutex, _CLOCK_MONOTONIC, ctypes.byref(deadline))
+            result = self._wait_until(time.monotonic() + timeout)
         if result == 0:
             return True
         if result in (errno.EBUSY, errno.ETIMEDOUT, errno.EDEADLK):
@@ -105,6 +104,20 @@ class WriteGuard:
             self._consistent(self._mutex)
             return True
         raise StoreUnavailable(f"the store's write guard is broken: {os.strerror(result)}")
+
+    def _wait_until(self, end: float) -> int:
+        """Wait for the mutex in steps; return what the last one did.
+
+        A waiter that is killed just when it was woken takes the wake-up with it: if someone else
+        took the mutex before it could, nobody is told of the other waiters, and they would sleep
+        for as long as they may. The next step finds the mutex free.
+        """
+        while True:
+            until = min(end, time.monotonic() + _STEP)
+            deadline = _Timespec(int(until), int(until % 1 * 1e9))
+            result = self._wait(self._mutex, _CLOCK_MONOTONIC, ctypes.byref(deadline))
+            if result != errno.ETIMEDOUT or until >= end:
+                return result
 
 
 def _create(path: Path) -> None:

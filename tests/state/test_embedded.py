@@ -1105,7 +1105,7 @@ def test_a_close_between_opening_and_reading_harms_nobody(place):
     backend = store.backend
     open_as_ever = backend.opened
 
-    def open_and_lose():
+    def open_and_lose(*asked):
         files = open_as_ever()
         backend.opened = open_as_ever
         backend.close()  # another thread's, just now
