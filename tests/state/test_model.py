@@ -352,11 +352,11 @@ def test_a_server_does_as_a_dict(valkey):
 @pytest.mark.parametrize("space", SPACES)
 def test_an_embedded_store_does_as_a_dict_for_long(space):
     """Longer, and more often."""
-    run(partial(EmbeddedMachine, space), examples=300, steps=100)
+    run(partial(EmbeddedMachine, space), examples=120, steps=100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_a_server_does_as_a_dict_for_long(valkey, space):
     """Longer, and in every key space."""
-    run(partial(ServerMachine, space, valkey), examples=100, steps=100)
+    run(partial(ServerMachine, space, valkey), examples=60, steps=100)
