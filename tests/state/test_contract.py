@@ -8,7 +8,7 @@ import pytest
 
 from hornbeam_state.backends.redis import RedisBackend
 from hornbeam_state.config import StoreConfig
-from hornbeam_state.testing import BackendContract, ManualClock
+from hornbeam_state.testing import BackendContract, FaultyBackend, ManualClock
 
 
 class TestEmbedded(BackendContract):
@@ -19,12 +19,22 @@ class TestEmbedded(BackendContract):
         embedded = pytest.importorskip("hornbeam_state.backends.embedded")
         self.clock = ManualClock()
         config = StoreConfig.from_url(f"lmdb://{tmp_path}/store", timeout=10)
-        backend = embedded.EmbeddedBackend(config, clock=self.clock)
+        backend = self.wrapped(embedded.EmbeddedBackend(config, clock=self.clock))
         yield backend
         backend.close()
 
+    def wrapped(self, backend):
+        return backend
+
     def elapse(self, seconds):
         self.clock.advance(seconds)
+
+
+class TestFaultless(TestEmbedded):
+    """The same, within a `FaultyBackend` that was given no faults."""
+
+    def wrapped(self, backend):
+        return FaultyBackend(backend)
 
 
 class _OverServer(BackendContract):
