@@ -328,6 +328,10 @@ class _FaultyInbox:
     def gaps(self) -> int:
         return self._inbox.gaps
 
+    @property
+    def closed(self) -> bool:
+        return self._inbox.closed
+
     def ring(self) -> None:
         os.eventfd_write(self._bell, 1)
 

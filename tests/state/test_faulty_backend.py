@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-from local_messages import LocalMessages
 from redis_servers import wait_until
 
 from hornbeam_state import (
@@ -22,6 +21,7 @@ from hornbeam_state import (
     WrongType,
 )
 from hornbeam_state.backends.base import SPACES, Topics
+from hornbeam_state.backends.embedded import EmbeddedBackend
 from hornbeam_state.testing import FaultyBackend
 
 PATIENCE = 10.0
@@ -29,7 +29,7 @@ PATIENCE = 10.0
 
 @pytest.fixture
 def backend():
-    return LocalMessages(StoreConfig.from_url("memory://"))
+    return EmbeddedBackend(StoreConfig.from_url("memory://"))
 
 
 @pytest.fixture
