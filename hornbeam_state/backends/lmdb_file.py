@@ -87,14 +87,13 @@ class LmdbFile:
     def _looks_damaged(self) -> bool:
         """Look at a file that others are writing to, without making them wait.
 
-        With a transaction open no page of the newest state is used anew meanwhile. But the file
-        grows, so that what looks like damage has to be looked at again with the guard held.
+        Their writes may look like damage, which has to be looked at again with the guard held. A
+        read transaction would keep the pages in place, and leave a small cache without room.
         """
-        with self.environment.begin():
-            try:
-                check_while_shared(self.path)
-            except StoreUnavailable:
-                return True
+        try:
+            check_while_shared(self.path)
+        except StoreUnavailable:
+            return True
         return False
 
     def _open_databases(self, names: Sequence[str], timeout: float, *, suspect: bool) -> None:
