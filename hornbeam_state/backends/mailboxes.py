@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hornbeam_state.backends.base import INBOX_BYTES
 from hornbeam_state.backends.blobs import Blob
-from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from hornbeam_state.backends.lmdb_file import LmdbFile
@@ -119,16 +118,8 @@ def look(txn: Any, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]
     Returns:
         The number of the first message, or of the next to come; the end of the numbers; and the
         first message, or None.
-
-    Raises:
-        StoreUnavailable: the mailbox was removed.
     """
     oldest, end, _ = _load(txn, mailbox)
-    if number > end:
-        raise StoreUnavailable(
-            "the subscription is gone from the store, since its socket could not be reached: "
-            "subscribe again"
-        )
     first = max(number, oldest)
     return first, end, get(txn, mailbox, first)
 

@@ -55,6 +55,11 @@ class SocketFolder:
         except OSError as error:
             raise StoreUnavailable(f"cannot use the folder {path}: {error.strerror}") from error
 
+    def remove(self, name: str) -> None:
+        """Remove a socket."""
+        with contextlib.suppress(OSError):
+            (self.path / name).unlink(missing_ok=True)
+
     def names(self, before: float) -> list[str]:
         """Return the names of the sockets that were made before that time."""
         found = []
@@ -116,8 +121,7 @@ class WakeupSocket:
 
     def close(self) -> None:
         """Let nobody reach it any more, and whoever waits for it go on; its descriptor stays."""
-        with contextlib.suppress(OSError):
-            (self._folder.path / self._name).unlink(missing_ok=True)
+        self._folder.remove(self._name)
         self._socket.shutdown(socket.SHUT_RD)
 
 
@@ -141,7 +145,7 @@ class Waker:
         weakref.finalize(self, _close_all, self._senders)
 
     def wake(self, names: Iterable[str]) -> list[str]:
-        """Wake up the owners of these sockets; return the names of those that are dead."""
+        """Wake up the owners of these sockets; remove those of the dead, and return their names."""
         dead = []
         with self._lock:
             for name in names:
@@ -153,14 +157,10 @@ class Waker:
                         dead.extend(self.wake([name]))
                 except _NOBODY_THERE:
                     dead.append(name)
+                    self.folder.remove(name)
                 except OSError:  # no memory, or the like: it finds with the next what this meant
                     continue
         return dead
-
-    def remove_orphans(self, names: Iterable[str]) -> None:
-        """Remove those of the sockets that nobody has open."""
-        for name in self.wake(names):
-            (self.folder.path / name).unlink(missing_ok=True)
 
     def _replace_if_clogged(self) -> bool:
         """Send through another socket where much of what this one sent still lies unread.
