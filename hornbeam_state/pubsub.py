@@ -189,15 +189,14 @@ class Subscription:
             raise RuntimeError("the subscription is the parent process's: subscribe in this one")
 
     def _take(self) -> Message | None:
-        self._check()
         taken = None if self._inbox is None else self._inbox.take()
-        if taken is None:
-            if self._inbox is not None and self._inbox.closed:  # here, or with the store
-                self._closed = True
-            self._check()  # nothing would ever come
-            return None
-        topic, payload = taken
-        return Message(topic[len(self._space) :].decode(), decode(payload))
+        if taken is not None:
+            topic, payload = taken
+            return Message(topic[len(self._space) :].decode(), decode(payload))
+        if self._inbox is not None and self._inbox.closed:  # by itself, or with the store
+            self._closed = True
+        self._check()  # who is closed would wait for ever
+        return None
 
     def _descriptor(self) -> int:
         return -1 if self._inbox is None else self._inbox.fileno()

@@ -164,7 +164,7 @@ class Messages(Access):
     # Upkeep.
 
     def wake_all(self) -> bool:
-        """Wake every subscriber up, and remove the dead ones; nothing more to do then.
+        """Wake everyone up who has a socket, and remove the dead; nothing more to do then.
 
         So a wake-up that was lost, when its publisher was killed, is made up for.
         """
@@ -173,7 +173,7 @@ class Messages(Access):
             known = self._view(self._current_table).all
             self._wake(waker, known)
             old = waker.folder.names(time.time() - _ORPHANED_AFTER)
-            waker.remove_orphans(set(old).difference(*(one.sockets for one in known)))
+            waker.wake(set(old).difference(*(one.sockets for one in known)))
         return False
 
     def remove_leftovers(self) -> bool:

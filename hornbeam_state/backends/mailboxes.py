@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hornbeam_state.backends.base import INBOX_BYTES
 from hornbeam_state.backends.blobs import Blob
-from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from hornbeam_state.backends.lmdb_file import LmdbFile
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 DATABASES: Final = ("messages", "members")
 KEY_SIZE: Final = 16
 _NUMBER: Final = struct.Struct(">Q")
-_STATE: Final = struct.Struct("<QQQ")
+_STATE: Final = struct.Struct("<QQQ")  # the oldest number, the end of the numbers, the weight
 _STATE_NUMBER: Final = b"\xff" * 8  # beside the newest message: mostly on the same page
 _HEADER: Final = struct.Struct("<BH")  # flags, bytes of the topic
 _IN_FILE: Final = 1
@@ -43,17 +42,6 @@ class Member(NamedTuple):
 
     mailbox: bytes
     key: bytes
-
-
-class _State(NamedTuple):
-    """What a mailbox holds: the numbers from `oldest` to below `end`."""
-
-    oldest: int
-    end: int
-    weight: int
-
-
-_NOTHING: Final = _State(0, 0, 0)
 
 
 def make_row(topic: bytes, payload: bytes | Blob) -> bytes:
@@ -89,9 +77,9 @@ def weight_of(row: bytes) -> int:
 def join(txn: Any, file: LmdbFile, member: Member) -> int:
     """Make a subscription a member of a mailbox; return the number of its first message."""
     state = _load(txn, member.mailbox)
-    _save(txn, member.mailbox, state)
-    _note_position(txn, file, member, state.end)
-    return state.end
+    _save(txn, member.mailbox, *state)
+    _note_position(txn, file, member, end := state[1])
+    return end
 
 
 def leave(txn: Any, file: LmdbFile, member: Member) -> None:
@@ -115,7 +103,7 @@ def append(txn: Any, file: LmdbFile, mailbox: bytes, row: bytes, maxsize: int) -
             break
         weight -= _pop(txn, file, mailbox, oldest)
         oldest += 1
-    _save(txn, mailbox, _State(oldest, end, weight))
+    _save(txn, mailbox, oldest, end, weight)
 
 
 def get(txn: Any, mailbox: bytes, number: int) -> bytes | None:
@@ -130,16 +118,8 @@ def look(txn: Any, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]
     Returns:
         The number of the first message, or of the next to come; the end of the numbers; and the
         first message, or None.
-
-    Raises:
-        StoreUnavailable: the mailbox was removed.
     """
     oldest, end, _ = _load(txn, mailbox)
-    if number > end:
-        raise StoreUnavailable(
-            "the subscription is gone from the store, since its socket could not be reached: "
-            "subscribe again"
-        )
     first = max(number, oldest)
     return first, end, get(txn, mailbox, first)
 
@@ -164,7 +144,7 @@ def release(txn: Any, file: LmdbFile, member: Member, number: int, most: int) ->
 
 def remove(txn: Any, file: LmdbFile, mailbox: bytes, most: int = _MOST_AT_ONCE) -> bool:
     """Remove a mailbox, or so many of its messages if there are more; return whether it is gone."""
-    if not _remove_below(txn, file, mailbox, _load(txn, mailbox).end, most):
+    if not _remove_below(txn, file, mailbox, _load(txn, mailbox)[1], most):
         return False
     txn.delete(mailbox + _STATE_NUMBER)
     return True
@@ -190,7 +170,7 @@ def _remove_below(txn: Any, file: LmdbFile, mailbox: bytes, number: int, most: i
     if stop > oldest:
         for each in range(oldest, stop):
             weight -= _pop(txn, file, mailbox, each)
-        _save(txn, mailbox, _State(stop, end, weight))
+        _save(txn, mailbox, stop, end, weight)
     return stop >= number
 
 
@@ -203,13 +183,13 @@ def _pop(txn: Any, file: LmdbFile, mailbox: bytes, number: int) -> int:
     return weight_of(row)
 
 
-def _load(txn: Any, mailbox: bytes) -> _State:
+def _load(txn: Any, mailbox: bytes) -> tuple[int, int, int]:
     stored = txn.get(mailbox + _STATE_NUMBER)
-    return _NOTHING if stored is None else _State(*_STATE.unpack(stored))
+    return (0, 0, 0) if stored is None else _STATE.unpack(stored)
 
 
-def _save(txn: Any, mailbox: bytes, state: _State) -> None:
-    txn.put(mailbox + _STATE_NUMBER, _STATE.pack(*state))
+def _save(txn: Any, mailbox: bytes, oldest: int, end: int, weight: int) -> None:
+    txn.put(mailbox + _STATE_NUMBER, _STATE.pack(oldest, end, weight))
 
 
 def _note_position(txn: Any, file: LmdbFile, member: Member, number: int) -> None:
