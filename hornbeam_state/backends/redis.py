@@ -18,6 +18,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from hornbeam_state.backends.base import SPACES, Space, Usage
 from hornbeam_state.backends.directory import runtime_directory
 from hornbeam_state.backends.redis_alink import AsyncLink
+from hornbeam_state.backends.redis_batches import Batch, Command, OnEachPrimary, Steps
 from hornbeam_state.backends.redis_cluster import ClusterRoutes
 from hornbeam_state.backends.redis_connections import Connector
 from hornbeam_state.backends.redis_errors import may_have_happened
@@ -25,13 +26,7 @@ from hornbeam_state.backends.redis_link import Link
 from hornbeam_state.backends.redis_locks import Keeper, Lease, upkeep
 from hornbeam_state.backends.redis_routes import Routes
 from hornbeam_state.backends.redis_sentinel import SentinelRoutes
-from hornbeam_state.backends.redis_steps import (
-    Batch,
-    Command,
-    OnEachPrimary,
-    Steps,
-    space_steps,
-)
+from hornbeam_state.backends.redis_steps import space_steps
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from hornbeam_state.backends.redis_turn import Part, Turn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from hornbeam_state.backends.redis_steps import Batch
+    from hornbeam_state.backends.redis_batches import Batch
     from hornbeam_state.config import StoreConfig
     from hornbeam_state.errors import StoreError
 

@@ -24,9 +24,9 @@ from hornbeam_state.backends.redis_routes import Inquiry, Outcome, Pause, Send, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hornbeam_state.backends.redis_batches import Steps
     from hornbeam_state.backends.redis_connections import Connector, SyncConnection
     from hornbeam_state.backends.redis_routes import Routes, Work
-    from hornbeam_state.backends.redis_steps import Steps
     from hornbeam_state.backends.redis_topology import Address
 
 T = TypeVar("T")
@@ -69,6 +69,8 @@ class Link:
 
     def dial(self, bucket: int = 0) -> SyncConnection:
         """Return a new connection to the primary of a bucket; it is the caller's to close.
+
+        A server that asks for a password which the URL lacks says so to the first command only.
 
         Raises:
             StoreUnavailable: the server could not be reached in time, or refused.

@@ -32,7 +32,7 @@ from hornbeam_state.errors import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hornbeam_state.backends.redis_steps import Batch, Command
+    from hornbeam_state.backends.redis_batches import Batch, Command
     from hornbeam_state.config import StoreConfig
 
 _HOLDS: Final = 1.0

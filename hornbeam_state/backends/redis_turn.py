@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from hornbeam_state.backends.redis_batches import Command
 from hornbeam_state.backends.redis_routes import Send
-from hornbeam_state.backends.redis_steps import Command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hornbeam_state.backends.redis_steps import Batch
+    from hornbeam_state.backends.redis_batches import Batch
     from hornbeam_state.backends.redis_topology import Address, ClusterMap
     from hornbeam_state.errors import StoreError
 

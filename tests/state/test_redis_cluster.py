@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
 import time
 import traceback
@@ -202,6 +203,28 @@ class TestRouting:
         assert {address.port for address in found} == {node.port for node in cluster.primaries}
         for address in found:
             backend._link.dial_to(address).disconnect()
+
+    def test_no_reply_reaches_another_caller(self, app):
+        """Calls to several nodes are cancelled at random moments; each other gets its own."""
+        dice = random.Random(17)
+        app.put_many({name: name for name in NAMES})
+
+        async def ask():
+            names = dice.sample(NAMES, 12)
+            await asyncio.sleep(dice.random() * 0.05)
+            assert await app.aget_many(names) == names
+
+        async def main():
+            tasks = [asyncio.create_task(ask()) for _ in range(600)]
+            for task in dice.sample(tasks, 300):
+                asyncio.get_running_loop().call_later(0.01 + dice.random() * 0.1, task.cancel)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            cancelled = [r for r in results if isinstance(r, asyncio.CancelledError)]
+            assert len(cancelled) + results.count(None) == 600
+            assert await app.aget_many(NAMES) == NAMES
+            return len(cancelled)
+
+        assert asyncio.run(main()) > 20
 
     def test_a_child_of_a_fork_has_its_own(self, app):
         """With the map as it was known."""
