@@ -63,6 +63,7 @@ class Turn:
         self.replies: list[Any] = [None] * len(batch.commands)
         self.todo = dict.fromkeys(range(len(batch.commands)))
         self.admitted: set[Address] = set()  # nodes that the circuit breakers let it go to
+        self.down: set[Address] = set()  # nodes that say the Cluster is down, in this round
         self.is_begun = False  # whether something of it has been done, or may have been
         self._at = at
         self._asking: dict[int, Address] = {}

@@ -112,8 +112,8 @@ class TestPure:
             ),
             pytest.param(MovedError("12 :1"), Moved(12, Address("10.0.0.1", 1)), id="moved-nearby"),
             pytest.param(AskError("12 ::1:1"), Ask(Address("::1", 1)), id="ask-ipv6"),
-            pytest.param(TryAgainError("split"), Later(), id="tryagain"),
-            pytest.param(ClusterDownError("down"), Later(), id="clusterdown"),
+            pytest.param(TryAgainError("split"), Later(is_down=False), id="tryagain"),
+            pytest.param(ClusterDownError("down"), Later(is_down=True), id="clusterdown"),
         ],
     )
     def test_redirections(self, reply, expected):
@@ -554,6 +554,23 @@ class TestNodesThatFail:
             wait_until(lambda: load.acknowledged[name] > before + 5, "it serves again", 30)
         load.check(may_lose=True)
         assert load.longest < 1.5
+
+    def test_a_cluster_that_is_down_is_left_alone(self, make_cluster, connect):
+        """Calls wait a moment, then fail at once: request threads must not pile up."""
+        cluster = make_cluster()
+        space = connect(cluster.url, timeout=2).keyspace("app")
+        space.put_many(dict.fromkeys(NAMES, b"v"))
+        live, dead, _ = cluster.primaries
+        name = name_on(live, cluster)
+        dead.stop()
+        wait_until(lambda: b"cluster_state:fail" in live.ask("CLUSTER", "INFO"), "it is down")
+        for call in (lambda: space.get(name), lambda: asyncio.run(space.aget(name))) * 2:
+            error, took = failure_of(call)
+            assert isinstance(error, StoreUnavailable)
+            assert took < 1.6
+        assert any("next try" in str(failure_of(space.get, name)[0]) for _ in range(4))
+        dead.start()
+        wait_until(lambda: self.answers(space, name), "it serves again")
 
     def test_threads_find_the_map_together(self, cluster, connect):
         """One asks for it, the others wait for what it hears."""
