@@ -19,6 +19,7 @@ from hornbeam_state.backends.base import SPACES, Space
 from hornbeam_state.backends.directory import runtime_directory
 from hornbeam_state.backends.near_cache import NearCache
 from hornbeam_state.backends.redis_alink import AsyncLink
+from hornbeam_state.backends.redis_batches import Batch, Command, OnEachPrimary, Steps
 from hornbeam_state.backends.redis_cluster import ClusterRoutes
 from hornbeam_state.backends.redis_connections import Connector
 from hornbeam_state.backends.redis_errors import may_have_happened
@@ -29,13 +30,7 @@ from hornbeam_state.backends.redis_messages import Messages
 from hornbeam_state.backends.redis_near import NearKeyspace, NearSteps
 from hornbeam_state.backends.redis_routes import Routes
 from hornbeam_state.backends.redis_sentinel import SentinelRoutes
-from hornbeam_state.backends.redis_steps import (
-    Batch,
-    Command,
-    OnEachPrimary,
-    Steps,
-    space_steps,
-)
+from hornbeam_state.backends.redis_steps import space_steps
 from hornbeam_state.backends.redis_tracking import Tracker
 from hornbeam_state.errors import StoreUnavailable
 

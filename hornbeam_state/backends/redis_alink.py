@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import AsyncGenerator, Sequence
 
+    from hornbeam_state.backends.redis_batches import Steps
     from hornbeam_state.backends.redis_connections import AsyncConnection, Connector
     from hornbeam_state.backends.redis_routes import Routes
-    from hornbeam_state.backends.redis_steps import Steps
     from hornbeam_state.backends.redis_topology import Address
 
 T = TypeVar("T")

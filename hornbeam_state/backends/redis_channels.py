@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from hornbeam_state.backends.redis_steps import Command, Steps, ask, literally
+from hornbeam_state.backends.redis_batches import Command, Steps, ask
+from hornbeam_state.backends.redis_steps import literally
 
 if TYPE_CHECKING:
     from hornbeam_state.backends.base import Topics

@@ -29,17 +29,18 @@ from hornbeam_state.backends.redis_routes import (
     pauses,
 )
 from hornbeam_state.backends.redis_slots import SlotTable
-from hornbeam_state.backends.redis_topology import Address, Ask, Moved, Torn, redirection
+from hornbeam_state.backends.redis_topology import Address, Ask, Later, Moved, Torn, redirection
 from hornbeam_state.backends.redis_turn import Part, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from hornbeam_state.backends.redis_steps import Batch
+    from hornbeam_state.backends.redis_batches import Batch
     from hornbeam_state.config import StoreConfig
     from hornbeam_state.errors import StoreError
 
 _AT_ONCE: Final = 4  # redirections that are followed without a pause
+_BRIEF: Final = 0.3  # of the timeout, for slots that nobody serves: it may take long until one does
 
 
 class ClusterRoutes(Routes):
@@ -90,15 +91,18 @@ class ClusterRoutes(Routes):
         turn = Turn(batch, at)
         for number, pause in enumerate(pauses()):
             parts = yield from self._admitted(turn, deadline)
-            wait = number >= _AT_ONCE or sum(len(part.indexes) for part in parts) < len(turn.todo)
+            unserved = sum(len(part.indexes) for part in parts) < len(turn.todo)
+            wait = unserved or number >= _AT_ONCE
+            turn.down.clear()
             outcomes = yield from _sent(parts, deadline)
             for part, outcome in sorted(zip(parts, outcomes, strict=True), key=_best_first):
                 wait |= self._settle(turn, part, outcome, started)
             turn.raise_failure()
             if not turn.todo:
                 break
-            if wait and is_late(deadline, self.timeout):
-                self._run_out(turn)
+            patience = _BRIEF if unserved or turn.down else 1
+            if wait and is_late(started + patience * self.timeout, patience * self.timeout):
+                self._run_out(turn, started)
                 break
             if wait:
                 self._slots.doubt()
@@ -140,8 +144,10 @@ class ClusterRoutes(Routes):
     def _settle(self, turn: Turn, part: Part, outcome: Outcome, started: float) -> bool:
         """Take note of what became of a part; return whether to wait before going on."""
         if isinstance(outcome, list):
-            self._breaker_of(part.address).succeeded()
-            return self._read(turn, part, outcome)
+            wait = self._read(turn, part, outcome)
+            if part.address not in turn.down:
+                self._breaker_of(part.address).succeeded()
+            return wait
         self.lost(part.address)
         if not isinstance(outcome, Interrupted):
             turn.fail(part.indexes, refused(outcome, self.named(part.address)), outcome)
@@ -166,6 +172,9 @@ class ClusterRoutes(Routes):
                 case Torn() if not turn.batch.repeatable:
                     turn.is_begun = True
                     turn.fail([index], self._rearranged(turn, reply))
+                case Later(is_down=True):
+                    turn.down.add(part.address)
+                    wait = True
                 case _:
                     wait = True
         return wait
@@ -186,8 +195,10 @@ class ClusterRoutes(Routes):
         where, write = self.named(part.address), not turn.batch.repeatable
         turn.fail(part.indexes, unreachable(failure, where, self.timeout, write=write), failure)
 
-    def _run_out(self, turn: Turn) -> None:
+    def _run_out(self, turn: Turn, started: float) -> None:
         """Give up on what no node has answered in the end."""
+        for address in turn.down:
+            self._breaker_of(address).failed(started, time.monotonic())
         answers = (turn.replies[index] for index in turn.todo)
         answer = next((reply for reply in answers if reply is not None), None)
         turn.fail(turn.todo, self._rearranged(turn, answer))

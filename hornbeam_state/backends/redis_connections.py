@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
-    from hornbeam_state.backends.redis_steps import Command
+    from hornbeam_state.backends.redis_batches import Command
     from hornbeam_state.config import StoreConfig
 
 # Set by hornbeam, whatever the URL says.

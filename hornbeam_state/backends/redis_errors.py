@@ -160,8 +160,8 @@ def rearranged(answer: object, where: str, timeout: float, *, write: bool) -> St
     else:
         reason = "a slot is on its way to another node"
     return StoreUnavailable(
-        f"{where}: {reason}, and {timeout:g} s were not enough for that to end: see what CLUSTER "
-        f"INFO says{_UNKNOWN if write else ''}"
+        f"{where}: {reason}: see what CLUSTER INFO says (a call waits up to {timeout:g} s for "
+        f"that to end){_UNKNOWN if write else ''}"
     )
 
 

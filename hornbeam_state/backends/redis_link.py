@@ -24,9 +24,9 @@ from hornbeam_state.backends.redis_routes import Inquiry, Outcome, Pause, Send, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hornbeam_state.backends.redis_batches import Steps
     from hornbeam_state.backends.redis_connections import Connector, SyncConnection
     from hornbeam_state.backends.redis_routes import Routes, Work
-    from hornbeam_state.backends.redis_steps import Steps
     from hornbeam_state.backends.redis_topology import Address
 
 T = TypeVar("T")
@@ -69,6 +69,8 @@ class Link:
 
     def dial(self, bucket: int = 0, *, protocol: int = 2) -> SyncConnection:
         """Return a new connection to the primary of a bucket; it is the caller's to close.
+
+        A server that asks for a password which the URL lacks says so to the first command only.
 
         Args:
             bucket: The bucket.
@@ -217,17 +219,11 @@ class Pool:
         Raises:
             RedisError, OSError: none can be had.
         """
-        if not send.fresh:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                pass
-            else:
-                if not _is_stale(connection):
-                    if send.deadline is not None:
-                        _limit(connection, send.deadline)
-                    return connection
-                connection.disconnect()
+        connection = None if send.fresh else self._from_idle()
+        if connection is not None:
+            if send.deadline is not None:
+                _limit(connection, send.deadline)
+            return connection
         if send.idle:
             raise driver.ConnectionError("no connection is open")
         if send.deadline is None:
@@ -235,6 +231,20 @@ class Pool:
         connection = self._connector.open(self._address, _left(send.deadline))
         _limit(connection, send.deadline)
         return connection
+
+    def _from_idle(self) -> SyncConnection | None:
+        """Return an idle connection, unless the server closed it or left something to read."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            return None
+        try:
+            if not connection.can_read():
+                return connection
+        except FAILURES:
+            pass
+        connection.disconnect()
+        return None
 
     def give_back(self, connection: SyncConnection) -> None:
         """Keep a connection for the next caller."""
@@ -313,11 +323,3 @@ def _limit(connection: SyncConnection, deadline: float) -> None:
 def _left(deadline: float) -> float:
     """Return the seconds until a deadline, one thousandth at least: 0 would mean not to wait."""
     return max(deadline - time.monotonic(), 0.001)
-
-
-def _is_stale(connection: SyncConnection) -> bool:
-    """Return whether the server closed an idle connection, or left something to read on it."""
-    try:
-        return connection.can_read()
-    except FAILURES:
-        return True

@@ -9,22 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_state.backends import redis_scripts as scripts
-from hornbeam_state.backends.redis_steps import (
-    Steps,
-    ask,
-    ask_independently,
-    bucket_of,
-    call,
-    milliseconds,
-    names,
-)
+from hornbeam_state.backends.redis_batches import Steps, ask, ask_independently, call
+from hornbeam_state.backends.redis_steps import bucket_of, milliseconds, names
 from hornbeam_state.errors import HornbeamError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from hornbeam_state.backends.redis_batches import Command
     from hornbeam_state.backends.redis_scripts import Script
-    from hornbeam_state.backends.redis_steps import Command
 
 _NAMES: Final = names(b"l:")
 _LINGER: Final = 10.0

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from hornbeam_state.backends.base import Topics
+    from hornbeam_state.backends.redis_batches import Steps
     from hornbeam_state.backends.redis_connections import SyncConnection
-    from hornbeam_state.backends.redis_steps import Steps
     from hornbeam_state.config import StoreConfig
     from hornbeam_state.errors import StoreError
 

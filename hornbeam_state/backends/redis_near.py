@@ -11,16 +11,9 @@ import itertools
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from hornbeam_state.backends.redis_batches import Command, Steps, ask
 from hornbeam_state.backends.redis_keyspace import RedisKeyspace
-from hornbeam_state.backends.redis_steps import (
-    NO_EXPIRY,
-    CacheSteps,
-    Command,
-    Steps,
-    ask,
-    bucket_of,
-    by_bucket,
-)
+from hornbeam_state.backends.redis_steps import NO_EXPIRY, CacheSteps, bucket_of, by_bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from redis import exceptions as driver
 
 from hornbeam_state.backends.breaker import Breaker
+from hornbeam_state.backends.redis_batches import Batch, OnEachPrimary
 from hornbeam_state.backends.redis_errors import (
     Interrupted,
     Stage,
@@ -27,12 +28,11 @@ from hornbeam_state.backends.redis_errors import (
     refused,
     unreachable,
 )
-from hornbeam_state.backends.redis_steps import Batch, OnEachPrimary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hornbeam_state.backends.redis_steps import Command, Steps
+    from hornbeam_state.backends.redis_batches import Command, Steps
     from hornbeam_state.backends.redis_topology import Address
     from hornbeam_state.config import StoreConfig
     from hornbeam_state.errors import StoreError

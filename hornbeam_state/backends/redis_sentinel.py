@@ -1,10 +1,10 @@
 """One server that is found through sentinels, which promote a replica when it fails.
 
-What the sentinels say holds for a second. Then one caller asks them again, since a primary that
-was replaced goes on as if nothing had happened until it is told, which takes ten seconds. If none
-of them answers, connections that are open are used, but no new one is made. Each new connection
-begins with a look at the server's role. A server that is no primary has done nothing, so that
-even a write goes to the next one.
+What the sentinels say holds for a second. Then one caller asks them again, while the others go on
+for another second at most: a primary that was replaced goes on as if nothing had happened until
+it is told, which takes ten seconds. If no sentinel answers, connections that are open are used,
+but no new one is made. Each new connection begins with a look at the server's role. A server that
+is no primary has done nothing, so that even a write goes to the next one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hornbeam_state.errors import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hornbeam_state.backends.redis_steps import Batch, Command
+    from hornbeam_state.backends.redis_batches import Batch, Command
     from hornbeam_state.config import StoreConfig
 
 _HOLDS: Final = 1.0
@@ -55,12 +55,12 @@ class SentinelRoutes(Routes):
         self._asked_at = 0.0
         self._failed_at = 0.0
         self._failed_with: Exception | None = None
-        self._flight = Flight(config.timeout, _HOLDS)
+        self._flight = Flight(config.timeout)
 
     def after_fork(self) -> None:
         """Begin anew: another thread may have held a lock, or been asking the sentinels."""
         super().after_fork()
-        self._flight = Flight(self.timeout, _HOLDS)
+        self._flight = Flight(self.timeout)
 
     def primaries(self) -> Work[tuple[Address, ...]]:
         """Find out which server holds the store."""
@@ -118,7 +118,7 @@ class SentinelRoutes(Routes):
 
     def _send(self, turn: _Turn, deadline: float, *, fresh: bool) -> Work[Outcome]:
         """Send on a connection that is open, or on a new one to whom the sentinels name now."""
-        yield from self._look_again()
+        yield from self._look_again(deadline)
         primary = self._primary
         if primary is not None and not fresh:
             holds = time.monotonic() - self._asked_at < _HOLDS
@@ -139,13 +139,20 @@ class SentinelRoutes(Routes):
             self.lost(found)
         return outcome
 
-    def _look_again(self) -> Work[None]:
-        """Ask the sentinels if it has been a while, unless another caller does."""
-        now = time.monotonic()
-        if self._primary is None or now - self._asked_at < _HOLDS or not self._flight.begin(now):
-            return
+    def _look_again(self, deadline: float) -> Work[None]:
+        """Ask the sentinels if it has been a while; if it has been long, wait for who does."""
+        for pause in pauses():
+            now = time.monotonic()
+            age = now - max(self._asked_at, self._failed_at)
+            if self._primary is None or age < _HOLDS:
+                return
+            if self._flight.begin(now, at_once=True):
+                break
+            if age < 2 * _HOLDS or is_late(deadline, self.timeout):
+                return
+            yield Pause(pause)
         try:
-            yield from self._ask_sentinels(now + _SHARE * self.timeout)
+            yield from self._ask_sentinels(min(deadline, now + _SHARE * self.timeout))
         except StoreUnavailable:  # one of them refused; connections may be open nevertheless
             pass
         finally:
@@ -187,8 +194,8 @@ class SentinelRoutes(Routes):
                 self._sentinels = (*sentinels[number:], *sentinels[:number])
                 return self._primary
             outcomes.append(outcome)
+        self._failed_with, self._failed_at = None, time.monotonic()
         self._failed_with = self._reason(outcomes)
-        self._failed_at = time.monotonic()
         return Interrupted(Stage.CONNECTING, self._failed_with)
 
     def _reason(self, outcomes: Sequence[Outcome]) -> Exception:

@@ -109,7 +109,13 @@ class Ask(NamedTuple):
 
 
 class Later(NamedTuple):
-    """The Cluster cannot serve the slot for a moment; nothing was done."""
+    """The slot cannot be served for a moment; nothing was done.
+
+    Attributes:
+        is_down: Whether that is because some slots have no primary that is reachable.
+    """
+
+    is_down: bool
 
 
 class Torn(NamedTuple):
@@ -129,5 +135,5 @@ def redirection(reply: Any, asked: Address) -> Redirection | None:
             Moved(reply.slot_id, address) if isinstance(reply, driver.MovedError) else Ask(address)
         )
     if isinstance(reply, driver.TryAgainError | driver.ClusterDownError):
-        return Later()
+        return Later(isinstance(reply, driver.ClusterDownError))
     return Torn() if _NOT_LOCAL in str(reply) else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from hornbeam_state.backends.redis_batches import Command
 from hornbeam_state.backends.redis_routes import Send
-from hornbeam_state.backends.redis_steps import Command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hornbeam_state.backends.redis_steps import Batch
+    from hornbeam_state.backends.redis_batches import Batch
     from hornbeam_state.backends.redis_topology import Address, ClusterMap
     from hornbeam_state.errors import StoreError
 
@@ -63,6 +63,7 @@ class Turn:
         self.replies: list[Any] = [None] * len(batch.commands)
         self.todo = dict.fromkeys(range(len(batch.commands)))
         self.admitted: set[Address] = set()  # nodes that the circuit breakers let it go to
+        self.down: set[Address] = set()  # nodes that say the Cluster is down, in this round
         self.is_begun = False  # whether something of it has been done, or may have been
         self._at = at
         self._asking: dict[int, Address] = {}

@@ -23,9 +23,9 @@ from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN
 from hornbeam_state.backends.breaker import Breaker
 from hornbeam_state.backends.redis import RedisBackend
 from hornbeam_state.backends.redis_alink import CONNECTIONS
+from hornbeam_state.backends.redis_batches import Batch
 from hornbeam_state.backends.redis_steps import (
     BUCKETS,
-    Batch,
     _bounds,
     _within_64_bits,
     bucket_of,
@@ -797,6 +797,33 @@ class TestRetries:
 
         asyncio.run(main())
         assert longest < 0.5
+
+
+class TestDialling:
+    """A connection of one's own, for those who wait for what a server says."""
+
+    def test_it_goes_to_the_server(self, valkey, connect, admin):
+        """It is connected, logged in, and nobody else's."""
+        backend = connect(valkey.unix_url)
+        before = admin.info("clients")["connected_clients"]
+        connection = backend._link.dial()
+        other = backend._link.dial_to(*backend._link.primaries())
+        assert admin.info("clients")["connected_clients"] == before + 2
+        backend.close()
+        connection.send_packed_command(connection.pack_command("PING"), check_health=False)
+        assert connection.read_response() == b"PONG"
+        connection.disconnect()
+        other.disconnect()
+
+    def test_nobody_there(self, connect, make_server):
+        """The errors are those of any call."""
+        error, _ = failure_of(connect(f"redis://127.0.0.1:{free_port()}")._link.dial)
+        assert isinstance(error, StoreUnavailable)
+        assert "cannot be reached" in str(error)
+        server = make_server("--requirepass", "open-sesame")
+        error, _ = failure_of(connect(server.url.replace("://", f"://:{HUSH}@"))._link.dial)
+        assert "refused the user name or password" in str(error)
+        assert HUSH not in everything_about(error)
 
 
 class TestAsyncio:

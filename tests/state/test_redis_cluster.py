@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
 import time
 import traceback
@@ -111,8 +112,8 @@ class TestPure:
             ),
             pytest.param(MovedError("12 :1"), Moved(12, Address("10.0.0.1", 1)), id="moved-nearby"),
             pytest.param(AskError("12 ::1:1"), Ask(Address("::1", 1)), id="ask-ipv6"),
-            pytest.param(TryAgainError("split"), Later(), id="tryagain"),
-            pytest.param(ClusterDownError("down"), Later(), id="clusterdown"),
+            pytest.param(TryAgainError("split"), Later(is_down=False), id="tryagain"),
+            pytest.param(ClusterDownError("down"), Later(is_down=True), id="clusterdown"),
         ],
     )
     def test_redirections(self, reply, expected):
@@ -202,6 +203,28 @@ class TestRouting:
         assert {address.port for address in found} == {node.port for node in cluster.primaries}
         for address in found:
             backend._link.dial_to(address).disconnect()
+
+    def test_no_reply_reaches_another_caller(self, app):
+        """Calls to several nodes are cancelled at random moments; each other gets its own."""
+        dice = random.Random(17)
+        app.put_many({name: name for name in NAMES})
+
+        async def ask():
+            names = dice.sample(NAMES, 12)
+            await asyncio.sleep(dice.random() * 0.05)
+            assert await app.aget_many(names) == names
+
+        async def main():
+            tasks = [asyncio.create_task(ask()) for _ in range(600)]
+            for task in dice.sample(tasks, 300):
+                asyncio.get_running_loop().call_later(0.01 + dice.random() * 0.1, task.cancel)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            cancelled = [r for r in results if isinstance(r, asyncio.CancelledError)]
+            assert len(cancelled) + results.count(None) == 600
+            assert await app.aget_many(NAMES) == NAMES
+            return len(cancelled)
+
+        assert asyncio.run(main()) > 20
 
     def test_a_child_of_a_fork_has_its_own(self, app):
         """With the map as it was known."""
@@ -531,6 +554,23 @@ class TestNodesThatFail:
             wait_until(lambda: load.acknowledged[name] > before + 5, "it serves again", 30)
         load.check(may_lose=True)
         assert load.longest < 1.5
+
+    def test_a_cluster_that_is_down_is_left_alone(self, make_cluster, connect):
+        """Calls wait a moment, then fail at once: request threads must not pile up."""
+        cluster = make_cluster()
+        space = connect(cluster.url, timeout=2).keyspace("app")
+        space.put_many(dict.fromkeys(NAMES, b"v"))
+        live, dead, _ = cluster.primaries
+        name = name_on(live, cluster)
+        dead.stop()
+        wait_until(lambda: b"cluster_state:fail" in live.ask("CLUSTER", "INFO"), "it is down")
+        for call in (lambda: space.get(name), lambda: asyncio.run(space.aget(name))) * 2:
+            error, took = failure_of(call)
+            assert isinstance(error, StoreUnavailable)
+            assert took < 1.6
+        assert any("next try" in str(failure_of(space.get, name)[0]) for _ in range(4))
+        dead.start()
+        wait_until(lambda: self.answers(space, name), "it serves again")
 
     def test_threads_find_the_map_together(self, cluster, connect):
         """One asks for it, the others wait for what it hears."""
