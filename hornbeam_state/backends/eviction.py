@@ -7,6 +7,7 @@ that count at the same moment may lose a count, which does no harm to an estimat
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from zlib import crc32
 
 import numpy as np
+
+from hornbeam_state.backends.records import DamagedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +122,8 @@ def make_room(
         if not victims:
             break
         for stored in victims:
-            remove(txn, stored)
+            with contextlib.suppress(DamagedRecord):  # gone as well
+                remove(txn, stored)
             removed += 1
             if not is_too_full():
                 break
