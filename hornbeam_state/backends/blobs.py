@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hornbeam_state.backends.records import parse_count
 from hornbeam_state.errors import StoreFull, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -103,14 +104,14 @@ class Blobs:
         """Give a blob its name, and count the references to it."""
         blob.waiting.replace(self._path(blob.digest))
         self.doomed.discard(blob.digest)
-        count = int(txn.get(blob.digest, b"0", db=self._references))
+        count = parse_count(txn.get(blob.digest, b"0", db=self._references))
         txn.put(blob.digest, b"%d" % (count + references), db=self._references)
         if count == 0:
             self._account(txn, blob.size)
 
     def release(self, txn: Any, digest: bytes, size: int) -> None:
         """Count one reference less; the file goes after the commit, when none is left."""
-        count = int(txn.get(digest, b"1", db=self._references)) - 1
+        count = parse_count(txn.get(digest, b"1", db=self._references)) - 1
         if count:
             txn.put(digest, b"%d" % count, db=self._references)
             return
@@ -132,7 +133,7 @@ class Blobs:
 
     def size(self, txn: Any) -> int:
         """Return how many bytes the stored files have together."""
-        return int(bytes(txn.get(_BYTES_KEPT, b"0", db=self._references)))
+        return parse_count(bytes(txn.get(_BYTES_KEPT, b"0", db=self._references)))
 
     def abandoned(self, txn: Any) -> Iterator[Path]:
         """Yield the files that nothing refers to and that nobody can be about to store."""

@@ -10,7 +10,7 @@ import lmdb
 from hornbeam_state.backends import eviction
 from hornbeam_state.backends.blobs import Blob
 from hornbeam_state.backends.embedded_keys import EmbeddedKeyspace
-from hornbeam_state.backends.records import HASH_SIZE, full_key, scattered_key
+from hornbeam_state.backends.records import HASH_SIZE, full_key, parse_count, scattered_key
 from hornbeam_state.errors import StoreFull
 
 if TYPE_CHECKING:
@@ -101,4 +101,4 @@ class CacheKeyspace(EmbeddedKeyspace):
         txn.put(_EVICTIONS, b"%d" % total, db=self._bind()[1].meta)
 
     def _evictions(self, txn: Any) -> int:
-        return int(bytes(txn.get(_EVICTIONS, b"0", db=self._bind()[1].meta)))
+        return parse_count(bytes(txn.get(_EVICTIONS, b"0", db=self._bind()[1].meta)))

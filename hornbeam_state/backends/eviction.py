@@ -7,6 +7,7 @@ that count at the same moment may lose a count, which does no harm to an estimat
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from operator import itemgetter
@@ -16,6 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from hornbeam_state.backends.mapped_file import map_file
+from hornbeam_state.backends.records import DamagedRecord
 
 if TYPE_CHECKING:
     import mmap
@@ -119,7 +121,8 @@ def make_room(
         if not victims:
             break
         for stored in victims:
-            remove(txn, stored)
+            with contextlib.suppress(DamagedRecord):  # gone as well
+                remove(txn, stored)
             removed += 1
             if not is_too_full():
                 break

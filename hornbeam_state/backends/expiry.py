@@ -6,10 +6,11 @@ the stored key; it has no value. A record and its entry change in one transactio
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from hornbeam_state.backends.records import expiry_of
+from hornbeam_state.backends.records import DamagedRecord, expiry_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ def move(
 def is_due(txn: Any, index: Any, now: int) -> bool:
     """Return whether any record has expired by that millisecond."""
     with txn.cursor(index) as cursor:
-        return bool(cursor.first()) and _TIME.unpack_from(cursor.key())[0] <= now
+        return bool(cursor.first()) and _time_of(cursor.key()) <= now
 
 
 def sweep(
@@ -73,10 +74,19 @@ def sweep(
     due: list[bytes] = []
     with txn.cursor(index) as cursor:
         for key in cursor.iternext(keys=True, values=False):
-            if _TIME.unpack_from(key)[0] > now or len(due) == most:
+            if _time_of(key) > now or len(due) == most:
                 break
             due.append(key)
     for key in due:
-        remove[key[_TIME.size : _START]](txn, key[_START:])
+        letter, stored = key[_TIME.size : _START], key[_START:]
+        # What is damaged goes all the same: it must not keep all that expires later.
+        if stored and letter in remove:
+            with contextlib.suppress(DamagedRecord):
+                remove[letter](txn, stored)
         txn.delete(key, db=index)
     return len(due)
+
+
+def _time_of(key: bytes) -> int:
+    """Return the millisecond at the start of an entry; of a damaged one, an early one."""
+    return int.from_bytes(key[: _TIME.size].ljust(_TIME.size, b"\0"), "big")

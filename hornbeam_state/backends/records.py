@@ -12,13 +12,14 @@ import struct
 from typing import Final
 from zlib import crc32
 
-from hornbeam_state.errors import WrongType
+from hornbeam_state.errors import StoreUnavailable, WrongType
 
 _HEADER: Final = struct.Struct("<BQ")
 _SIZE: Final = _HEADER.size
 _LONG_KEY: Final = 1  # flags
 _BLOB: Final = 2
-_BLOB_SIZE: Final = struct.Struct("<Q")
+_ALL_FLAGS: Final = _LONG_KEY | _BLOB
+_REFERENCE: Final = struct.Struct("<32sQ")
 _HASH: Final = struct.Struct(">I")
 HASH_SIZE: Final = _HASH.size
 _KEY_LENGTH: Final = struct.Struct("<H")
@@ -27,6 +28,16 @@ PLAIN_HEADER: Final = _HEADER.pack(0, 0)
 LONGEST_PLAIN_KEY: Final = 480
 KEPT_OF_LONG_KEY: Final = 448
 """Bytes of a long key that its stored form begins with; 33 more make 481, never a plain key."""
+
+
+class DamagedRecord(StoreUnavailable):
+    """LMDB holds something that was never written there: nothing was changed."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"a record of the store is damaged: {problem}. Restore the store from a backup, or "
+            f"move its directory away to start afresh"
+        )
 
 
 def stored_key(key: bytes) -> bytes:
@@ -58,30 +69,52 @@ def make_record(key: bytes, value: bytes, expiry: int, *, blob: bool = False) ->
 
 def blob_reference(digest: bytes, size: int) -> bytes:
     """Return what stands in the record of a value that lies in a file."""
-    return digest + _BLOB_SIZE.pack(size)
+    return _REFERENCE.pack(digest, size)
 
 
 def blob_of(record: bytes | memoryview) -> tuple[bytes, int] | None:
-    """Return digest and size of a record's value if it lies in a file."""
-    if not record[0] & _BLOB:
+    """Return digest and size of a record's value if it lies in a file.
+
+    Raises:
+        DamagedRecord: there is no telling.
+    """
+    if not _flags_of(record) & _BLOB:
         return None
     reference = payload(bytes(record))
-    return reference[: -_BLOB_SIZE.size], int(_BLOB_SIZE.unpack(reference[-_BLOB_SIZE.size :])[0])
+    if len(reference) != _REFERENCE.size:
+        raise DamagedRecord("its reference to a file is of another length")
+    digest, size = _REFERENCE.unpack(reference)
+    return digest, int(size)
 
 
 def expiry_of(record: bytes | memoryview) -> int:
-    """Return the millisecond at which the record expires, 0 for never."""
-    return int(_HEADER.unpack_from(record)[1])
+    """Return the millisecond at which the record expires, 0 for never.
+
+    Raises:
+        DamagedRecord: there is no telling.
+    """
+    try:
+        return int(_HEADER.unpack_from(record)[1])
+    except struct.error:
+        raise DamagedRecord("its header is cut off") from None
 
 
 def payload(record: bytes) -> bytes:
-    """Return the value in a record."""
-    return record[_SIZE:] if not record[0] & _LONG_KEY else record[_end_of_key(record) :]
+    """Return the value in a record.
+
+    Raises:
+        DamagedRecord: it holds none.
+    """
+    return record[_end_of_key(record) if _flags_of(record) & _LONG_KEY else _SIZE :]
 
 
 def full_key(stored: bytes | memoryview, record: bytes | memoryview) -> bytes:
-    """Return the key as it was given."""
-    if not record[0] & _LONG_KEY:
+    """Return the key as it was given.
+
+    Raises:
+        DamagedRecord: it is not there.
+    """
+    if not _flags_of(record) & _LONG_KEY:
         return bytes(stored)
     return bytes(record[_SIZE + _KEY_LENGTH.size : _end_of_key(record)])
 
@@ -98,5 +131,28 @@ def parse_counter(value: bytes) -> int:
     return int(value)
 
 
+def parse_count(text: bytes) -> int:
+    """Return a number from the store's own books.
+
+    Raises:
+        DamagedRecord: it is none.
+    """
+    if not text.isdigit():
+        raise DamagedRecord("a count is no number")
+    return int(text)
+
+
+def _flags_of(record: bytes | memoryview) -> int:
+    if len(record) < _SIZE:
+        raise DamagedRecord("its header is cut off")
+    if record[0] > _ALL_FLAGS:
+        raise DamagedRecord("its flags make no sense")
+    return record[0]
+
+
 def _end_of_key(record: bytes | memoryview) -> int:
-    return _SIZE + _KEY_LENGTH.size + int(_KEY_LENGTH.unpack_from(record, _SIZE)[0])
+    start = _SIZE + _KEY_LENGTH.size
+    end = start + int.from_bytes(record[_SIZE:start], "little")
+    if not start < end <= len(record):
+        raise DamagedRecord("its key is cut off")
+    return end
