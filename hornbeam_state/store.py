@@ -314,10 +314,10 @@ class Store:
 def make_backend(config: StoreConfig) -> Backend:
     """Return the backend for a store, not connected yet; its driver is imported here."""
     if config.scheme in ("lmdb", "memory"):
-        from hornbeam_state.backends.embedded import EmbeddedBackend
+        from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 
         return EmbeddedBackend(config)
-    from hornbeam_state.backends.redis import RedisBackend
+    from hornbeam_state.backends.redis.backend import RedisBackend
 
     return cast("Backend", RedisBackend(config))
 

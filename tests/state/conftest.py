@@ -11,7 +11,7 @@ import pytest
 from message_helpers import TOPIC
 from redis_servers import Cluster, FakeServer, Server, Watched
 
-from hornbeam_state.backends.redis import RedisBackend
+from hornbeam_state.backends.redis.backend import RedisBackend
 from hornbeam_state.config import StoreConfig
 
 pytest.register_assert_rewrite("hornbeam_state.contract")

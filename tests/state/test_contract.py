@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from hornbeam_state.backends.redis import RedisBackend
+from hornbeam_state.backends.redis.backend import RedisBackend
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.testing import BackendContract, FaultyBackend, ManualClock
 
@@ -16,7 +16,7 @@ class TestEmbedded(BackendContract):
 
     @pytest.fixture
     def backend(self, tmp_path):
-        embedded = pytest.importorskip("hornbeam_state.backends.embedded")
+        embedded = pytest.importorskip("hornbeam_state.backends.embedded.backend")
         self.clock = ManualClock()
         config = StoreConfig.from_url(f"lmdb://{tmp_path}/store", timeout=10)
         backend = self.wrapped(embedded.EmbeddedBackend(config, clock=self.clock))

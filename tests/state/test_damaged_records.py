@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hornbeam_state import CounterOverflow, StoreConfig, StoreError, StoreUnavailable, WrongType
-from hornbeam_state.backends import records
 from hornbeam_state.backends.base import SPACES
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends.embedded import records
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state.testing import ManualClock
 
 PLAIN, LONG = b"plain", b"long/" * 200

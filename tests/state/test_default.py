@@ -335,7 +335,7 @@ def test_threads_that_are_first_together_get_one_store():
     assert state_get("n") == 16
 
 
-@pytest.mark.parametrize("package", ["hornbeam_state", "hornbeam_state.backends.embedded"])
+@pytest.mark.parametrize("package", ["hornbeam_state", "hornbeam_state.backends.embedded.backend"])
 def test_an_import_does_nothing(directory, package):
     """No file, no store, no thread, even where the variable is nonsense."""
     script = (

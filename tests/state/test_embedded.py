@@ -28,8 +28,8 @@ from hornbeam_state import (
     StoreUnavailable,
     open_store,
 )
-from hornbeam_state.backends import data_file, lmdb_files
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends.embedded import data_file, lmdb_files
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state.testing import ManualClock
 
 MIB = 1024 * 1024

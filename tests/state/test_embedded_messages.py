@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from hornbeam_state import DeadlineExceeded, StoreFull, StoreUnavailable, open_store
-from hornbeam_state.backends import lmdb_files, mailboxes, wakeups
 from hornbeam_state.backends.base import INBOX_BYTES, Topics
+from hornbeam_state.backends.embedded import lmdb_files, mailboxes, wakeups
 
 PATIENCE = 60.0
 """Seconds after which a hanging child is killed, and its test fails."""

@@ -21,7 +21,7 @@ from hornbeam_state import (
     WrongType,
 )
 from hornbeam_state.backends.base import SPACES, Topics
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state.testing import FaultyBackend
 
 PATIENCE = 10.0

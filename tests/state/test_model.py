@@ -31,8 +31,8 @@ from hypothesis.stateful import (
 
 from hornbeam_state import MISSING, CounterOverflow, Store, StoreConfig, WrongType
 from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN, SPACES
-from hornbeam_state.backends.embedded import EmbeddedBackend
-from hornbeam_state.backends.redis import RedisBackend
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
+from hornbeam_state.backends.redis.backend import RedisBackend
 from hornbeam_state.codec import canonical
 from hornbeam_state.testing import ManualClock
 

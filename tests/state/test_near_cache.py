@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-from hornbeam_state.backends.near_cache import ENTRY_BYTES, LONGEST, NearCache
-from hornbeam_state.backends.redis_feed import PING_EVERY, Pulse
-from hornbeam_state.backends.redis_near import NearSteps
+from hornbeam_state.backends.redis.feed import PING_EVERY, Pulse
+from hornbeam_state.backends.redis.near import NearSteps
+from hornbeam_state.backends.redis.near_cache import ENTRY_BYTES, LONGEST, NearCache
 
 
 def make_cache(entries=4, value=1):

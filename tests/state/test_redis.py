@@ -20,11 +20,11 @@ from redis.crc import key_slot
 from redis_servers import free_port, wait_until
 
 from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN
-from hornbeam_state.backends.breaker import Breaker
-from hornbeam_state.backends.redis import RedisBackend
-from hornbeam_state.backends.redis_alink import CONNECTIONS
-from hornbeam_state.backends.redis_batches import Batch
-from hornbeam_state.backends.redis_steps import (
+from hornbeam_state.backends.redis.alink import CONNECTIONS
+from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.backends.redis.batches import Batch
+from hornbeam_state.backends.redis.breaker import Breaker
+from hornbeam_state.backends.redis.steps import (
     BUCKETS,
     _bounds,
     _within_64_bits,
@@ -32,7 +32,7 @@ from hornbeam_state.backends.redis_steps import (
     milliseconds,
     space_steps,
 )
-from hornbeam_state.backends.redis_topology import SLOT_OF_BUCKET
+from hornbeam_state.backends.redis.topology import SLOT_OF_BUCKET
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import (
     ConfigError,

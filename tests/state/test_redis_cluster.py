@@ -15,10 +15,10 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseErr
 from redis_load import Load
 from redis_servers import free_port, wait_until
 
-from hornbeam_state.backends.redis import RedisBackend
-from hornbeam_state.backends.redis_flight import Flight
-from hornbeam_state.backends.redis_steps import BUCKETS, bucket_of
-from hornbeam_state.backends.redis_topology import (
+from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.backends.redis.flight import Flight
+from hornbeam_state.backends.redis.steps import BUCKETS, bucket_of
+from hornbeam_state.backends.redis.topology import (
     SLOT_OF_BUCKET,
     Address,
     Ask,

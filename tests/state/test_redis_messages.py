@@ -26,9 +26,9 @@ from message_helpers import (
 )
 from redis_servers import free_port, wait_until
 
-from hornbeam_state.backends import redis_inbox
 from hornbeam_state.backends.base import Topics
-from hornbeam_state.backends.redis import RedisBackend
+from hornbeam_state.backends.redis import inbox as redis_inbox
+from hornbeam_state.backends.redis.backend import RedisBackend
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import StoreUnavailable
 from hornbeam_state.pubsub import Message, Subscription

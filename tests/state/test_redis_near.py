@@ -21,11 +21,11 @@ import redis.connection
 from redis._parsers import _HiredisParser, _RESP3Parser
 from redis_servers import wait_until
 
-from hornbeam_state.backends import near_cache
-from hornbeam_state.backends.near_cache import NearCache
-from hornbeam_state.backends.redis import RedisBackend
-from hornbeam_state.backends.redis_feed import Feed
-from hornbeam_state.backends.redis_tracking import Tracker
+from hornbeam_state.backends.redis import near_cache
+from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.backends.redis.feed import Feed
+from hornbeam_state.backends.redis.near_cache import NearCache
+from hornbeam_state.backends.redis.tracking import Tracker
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import StoreUnavailable
 from hornbeam_state.store import Store

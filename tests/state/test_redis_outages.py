@@ -22,7 +22,7 @@ from message_helpers import (
 from redis_servers import free_port, wait_until
 
 from hornbeam_state.backends.base import Topics
-from hornbeam_state.backends.redis_session import Session
+from hornbeam_state.backends.redis.session import Session
 from hornbeam_state.errors import StoreUnavailable
 
 TIMEOUT = 0.3

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from redis.exceptions import InvalidResponse, ResponseError
 from redis_servers import wait_until
 
-from hornbeam_state.backends import redis_inbox
 from hornbeam_state.backends.base import Topics
-from hornbeam_state.backends.redis_channels import Coverage, Naming
-from hornbeam_state.backends.redis_inbox import RedisInbox
-from hornbeam_state.backends.redis_outage import LONGEST_PAUSE, Outage, pause_before
-from hornbeam_state.backends.redis_replies import Replies, command
-from hornbeam_state.backends.redis_session import Member, Session
+from hornbeam_state.backends.redis import inbox as redis_inbox
+from hornbeam_state.backends.redis.channels import Coverage, Naming
+from hornbeam_state.backends.redis.inbox import RedisInbox
+from hornbeam_state.backends.redis.outage import LONGEST_PAUSE, Outage, pause_before
+from hornbeam_state.backends.redis.replies import Replies, command
+from hornbeam_state.backends.redis.session import Member, Session
 from hornbeam_state.errors import StoreUnavailable
 
 SHORT = st.binary(min_size=0, max_size=3).map(lambda text: bytes(b"ab"[byte % 2] for byte in text))

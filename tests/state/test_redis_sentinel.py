@@ -10,8 +10,8 @@ import pytest
 from redis_load import Load
 from redis_servers import Server, free_port, wait_until
 
-from hornbeam_state.backends.redis import RedisBackend
-from hornbeam_state.backends.redis_steps import bucket_of
+from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.backends.redis.steps import bucket_of
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import HornbeamError, StoreUnavailable
 
