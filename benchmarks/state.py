@@ -1,6 +1,7 @@
-"""The embedded store beside Redis: get, set, incr, and a multi-get of 64 keys.
+"""The store beside bare LMDB and Redis: what a call takes, and what happens at size.
 
 python benchmarks/state.py --rounds 15
+python benchmarks/state.py --only calls --only writers
 
 A call to Redis costs about two wake-ups of another process, and these cost several times as much
 between two cores as on one, at least on a virtual machine. Left alone, the scheduler makes it now
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import lmdb
 import redis
+import state_scale
 from common import environment, note, parser, redis_server, report, rotated, summary
 
 from hornbeam_state import open_store
@@ -26,38 +28,57 @@ from hornbeam_state import open_store
 MULTI = 64
 EMBEDDED, BARE, REDIS, BACKEND = "hornbeam-lmdb", "bare-lmdb", "redis-py", "hornbeam-redis"
 REDIS_ON_OUR_CORE = "redis-py, server on the same core"
+NEAR = "hornbeam-redis, near cache"
+OPERATIONS = ("get", "set", "incr", "get_multi")
+PARTS = ("calls", "writers", "listing", "bound", "expiring")
 CORES = sorted(os.sched_getaffinity(0))
 
 
 def main() -> None:
     options = parser(__doc__.partition("\n")[0])
     options.set_defaults(rounds=15)
+    options.add_argument("--only", action="append", choices=PARTS, help="run this part")
     options.add_argument("--bytes", type=int, default=1536, help="size of a value")
     options.add_argument("--keys", type=int, default=1024, help="number of keys")
     options.add_argument("--seconds", type=float, default=0.1, help="of each turn, about")
+    options.add_argument("--inserts", type=int, default=5_000_000, help="into the full cache")
     args = options.parse_args()
-
-    keys = [f"doc:{number}" for number in range(args.keys)]
-    value = os.urandom(args.bytes)
+    parts = {
+        "calls": lambda: calls(args),
+        "writers": lambda: state_scale.many_writers(args.rounds),
+        "listing": lambda: state_scale.listing(args.rounds),
+        "bound": lambda: state_scale.cache_bound(args.inserts),
+        "expiring": state_scale.expiring,
+    }
     machine = environment("lmdb", "redis", "hiredis")
-    with contextlib.ExitStack() as stack:
-        contenders = make_contenders(stack, keys, value)
-        taken = measure(contenders, args.rounds, args.seconds)
-    compared = ratios(taken)
     report(
         {
             "benchmark": "state",
             "options": {"rounds": args.rounds, "bytes": args.bytes, "keys": args.keys},
             "environment": machine,
-            "microseconds_per_call": {
-                operation: {name: summary(values) for name, values in by_name.items()}
-                for operation, by_name in taken.items()
-            },
-            "times_as_long_as_hornbeam-lmdb": compared,
-            "targets": targets(compared),
+            **{name: parts[name]() for name in args.only or PARTS},
         },
         args.out,
     )
+
+
+def calls(args):
+    """Measure single calls of every contender, in turns."""
+    keys = [f"doc:{number}" for number in range(args.keys)]
+    everywhere = os.sched_getaffinity(0)
+    with contextlib.ExitStack() as stack:
+        contenders = make_contenders(stack, keys, os.urandom(args.bytes))
+        taken = measure(contenders, args.rounds, args.seconds)
+    os.sched_setaffinity(0, everywhere)
+    compared = ratios(taken)
+    return {
+        "microseconds_per_call": {
+            operation: {name: summary(values) for name, values in by_name.items()}
+            for operation, by_name in taken.items()
+        },
+        "times_as_long_as_hornbeam-lmdb": compared,
+        "targets": targets(taken, compared),
+    }
 
 
 def make_contenders(stack, keys, value):
@@ -67,6 +88,7 @@ def make_contenders(stack, keys, value):
     os.sched_setaffinity(server.pid, CORES[-1:])
     embedded = stack.enter_context(contextlib.closing(open_store(f"lmdb://{directory}/store")))
     backend = stack.enter_context(contextlib.closing(open_store(f"unix://{socket}")))
+    near = backend.space("cache")
     plain = stack.enter_context(redis.Redis(unix_socket_path=str(socket), db=1))
     bare = stack.enter_context(
         lmdb.open(str(directory / "bare"), map_size=2**30, sync=False, metasync=False)
@@ -75,6 +97,7 @@ def make_contenders(stack, keys, value):
     for name, key in zip(names, keys, strict=True):
         embedded.set(key, value)
         backend.set(key, value)
+        near.set(key, value)
         plain.set(key, value)
         with bare.begin(write=True) as txn:
             txn.put(name, value)
@@ -95,6 +118,7 @@ def make_contenders(stack, keys, value):
         REDIS: through_redis_py,
         REDIS_ON_OUR_CORE: through_redis_py,
         BACKEND: store_operations(backend, keys, value),
+        NEAR: {"get": over(keys, near.get), "get_multi": over(groups(keys), near.get_multi)},
     }
 
 
@@ -146,18 +170,20 @@ def over(inputs, call):
 
 def measure(contenders, rounds, seconds):
     """Let the contenders take turns; return the microseconds per call of each round."""
-    operations = ("get", "set", "incr", "get_multi")
     times = {
-        (operation, name): fitting_number(contenders[name][operation], seconds)
-        for operation in operations
-        for name in contenders
+        (operation, name): fitting_number(run, seconds)
+        for name, operations in contenders.items()
+        for operation, run in operations.items()
     }
-    taken = {operation: {name: [] for name in contenders} for operation in operations}
+    taken = {
+        operation: {name: [] for name in contenders if operation in contenders[name]}
+        for operation in OPERATIONS
+    }
     gc.disable()
     for turn in range(rounds):
-        note(f"round {turn + 1} of {rounds}")
-        for operation in operations:
-            for name in rotated(list(contenders), turn):
+        note(f"calls, round {turn + 1} of {rounds}")
+        for operation in OPERATIONS:
+            for name in rotated(list(taken[operation]), turn):
                 number = times[operation, name]
                 move_to_core(name)
                 elapsed = contenders[name][operation](number)
@@ -194,13 +220,26 @@ def ratios(taken):
     }
 
 
-def targets(compared):
-    """Tell whether the embedded store is as many times as fast as Redis as it has to be."""
+def targets(taken, compared):
+    """Tell what is as fast as it has to be."""
+    near = summary(taken["get"][NEAR])["median"]
     return {
-        f"{operation} at most 1/{least} of redis-py's": compared[operation][REDIS]["median"]
-        >= least
-        for operation, least in (("get", 15), ("incr", 5))
+        **{
+            f"{operation} at most 1/{least} of redis-py's": median(compared, operation, REDIS)
+            >= least
+            for operation, least in (("get", 15), ("incr", 5))
+        },
+        **{
+            f"{operation} at most {most} times bare LMDB's": 1 / median(compared, operation, BARE)
+            <= most
+            for operation, most in (("get", 5), ("incr", 2.5))
+        },
+        "near cache: at most 3 us": near <= 3,
     }
+
+
+def median(compared, operation, name):
+    return compared[operation][name]["median"]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from hornbeam_state.backends.kernel_locks import lock_range
+from hornbeam_state.backends.mapped_file import map_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,9 +172,7 @@ def _try_claim(path: Path) -> _Slot | None:
         if not lock_range(descriptor, fcntl.F_WRLCK):
             os.close(descriptor)
             return None
-        # Allocated now: writing through the map to a hole of a full disk would be a SIGBUS.
-        os.posix_fallocate(descriptor, 0, _SLOT_BYTES)
-        memory = mmap.mmap(descriptor, _SLOT_BYTES)
+        memory = map_file(descriptor, _SLOT_BYTES)
         if bytes(memory[: len(_MAGIC)]) != _MAGIC:
             memory[:] = bytes(_SLOT_BYTES)
             _HEADER.pack_into(memory, 0, _MAGIC, _HEADER.size)

@@ -213,14 +213,18 @@ class EmbeddedKeyspace(Access):
         return await self._awrite(self._incr, key, delta, ttl)
 
     def _incr(self, txn: Any, key: bytes, delta: int, ttl: float | None) -> int:
-        record = txn.get(self._stored(key))
+        stored = self._stored(key)
+        record = txn.get(stored)
+        if record is not None and record.startswith(PLAIN_HEADER):
+            # Most counters: in the place of the old number the new one needs no room.
+            total = _sum(parse_counter(record[len(PLAIN_HEADER) :]), delta)
+            txn.put(stored, PLAIN_HEADER + b"%d" % total)
+            return total
         if record is None or not self._is_live(record):
-            total, expires = delta, self._expiry(ttl)
+            total, expires = _sum(0, delta), self._expiry(ttl)
         else:
-            total = parse_counter(b"" if blob_of(record) else payload(record)) + delta
+            total = _sum(parse_counter(b"" if blob_of(record) else payload(record)), delta)
             expires = expiry_of(record)
-        if not COUNTER_MIN <= total <= COUNTER_MAX:
-            raise CounterOverflow("the counter would leave 64 bits; it was not changed")
         self._store(txn, key, b"%d" % total, expires)
         return total
 
@@ -373,6 +377,13 @@ class EmbeddedKeyspace(Access):
     def _is_live(self, record: bytes | memoryview) -> bool:
         expiry = expiry_of(record)
         return expiry == 0 or expiry > self._clock() * 1000
+
+
+def _sum(number: int, delta: int) -> int:
+    total = number + delta
+    if not COUNTER_MIN <= total <= COUNTER_MAX:
+        raise CounterOverflow("the counter would leave 64 bits; it was not changed")
+    return total
 
 
 def _size(record: bytes) -> int:

@@ -8,7 +8,6 @@ that count at the same moment may lose a count, which does no harm to an estimat
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import random
 from operator import itemgetter
@@ -17,9 +16,11 @@ from zlib import crc32
 
 import numpy as np
 
+from hornbeam_state.backends.mapped_file import map_file
 from hornbeam_state.backends.records import DamagedRecord
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
     from pathlib import Path
 
@@ -75,9 +76,7 @@ class Sketch:
 def _shared_cells(path: Path) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # Allocated now: writing through the map to a hole of a full disk would be a SIGBUS.
-        os.posix_fallocate(descriptor, 0, _CELLS + 8)
-        return mmap.mmap(descriptor, _CELLS + 8)
+        return map_file(descriptor, _CELLS + 8)
     finally:
         os.close(descriptor)
 

@@ -11,7 +11,7 @@ import lmdb
 
 from hornbeam_state.backends.blobs import Blobs
 from hornbeam_state.backends.data_file import damaged
-from hornbeam_state.backends.write_guard import WriteGuard
+from hornbeam_state.backends.write_guard import make_write_guard
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class LmdbFile:
     ) -> None:
         self.path = path
         self.durable = durable
-        self.guard = WriteGuard(path.with_suffix(".guard"), fresh=fresh)
+        self.guard = make_write_guard(path.with_suffix(".guard"), fresh=fresh)
         self.environment = _open(path, map_size, durable=durable)
         self._writes = 0
         try:

@@ -47,15 +47,21 @@ end
 """
 
 # Keys of an indexed script: the index, the expiries, then the value or values. Each write adds at
-# most one member to an index and trims several dead ones, so dead members never pile up.
+# most one member to an index and trims several dead ones, so dead members never pile up. For when
+# nobody writes any more, an index whose members all expire does so with the last of them.
 _INDEXED = (
     _CLOCK
     + """
 local index, expiries, value = KEYS[1], KEYS[2], KEYS[3]
 local function note(member, at)
   redis.call('ZADD', index, 0, member)
-  if at then redis.call('ZADD', expiries, at, member)
-  else redis.call('ZREM', expiries, member) end
+  if at then
+    redis.call('ZADD', expiries, at, member)
+  else
+    redis.call('ZREM', expiries, member)
+    redis.call('PERSIST', index)
+    redis.call('PERSIST', expiries)
+  end
 end
 local function forget(member)
   redis.call('ZREM', index, member)
@@ -67,6 +73,15 @@ local function trim(most)
   for _, member in ipairs(dead) do forget(member) end
   return #dead
 end
+local function tidy()
+  trim(8)
+  if redis.call('ZCARD', index) ~= redis.call('ZCARD', expiries) then return end
+  local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
+  if last then
+    redis.call('PEXPIREAT', index, last)
+    redis.call('PEXPIREAT', expiries, last)
+  end
+end
 """
 )
 
@@ -76,7 +91,7 @@ _PLAIN = (
     + """
 local value = KEYS[1]
 local function note(member, at) end
-local function trim(most) end
+local function tidy() end
 """
 )
 
@@ -91,7 +106,7 @@ local function store(name, member, data, ttl)
 end
 """
 
-_TRIM: Final = "trim(8)\n"
+_TIDY: Final = "tidy()\n"
 
 # ARGV: ttl, then a member and its data for each value.
 PUT: Final = Script(
@@ -101,7 +116,7 @@ PUT: Final = Script(
         + """
 for i = 3, #KEYS do store(KEYS[i], ARGV[2 * i - 4], ARGV[2 * i - 3], ARGV[1]) end
 """
-        + _TRIM
+        + _TIDY
     ).encode()
 )
 
@@ -112,7 +127,7 @@ _CAS = (
 if redis.call('GET', value) ~= (ARGV[4] or false) then return 0 end
 store(value, ARGV[1], ARGV[3], ARGV[2])
 """
-    + _TRIM
+    + _TIDY
     + "return 1\n"
 )
 CAS: Final = Script((_INDEXED + _CAS).encode())
@@ -139,7 +154,7 @@ if not existed then
   if at then redis.call('PEXPIREAT', value, at) end
   note(ARGV[1], at)
   """
-    + _TRIM
+    + _TIDY
     + """
 end
 return redis.call('GET', value)
@@ -156,7 +171,7 @@ DELETE: Final = Script(
 local removed = redis.call('DEL', value)
 forget(ARGV[1])
 """
-        + _TRIM
+        + _TIDY
         + "return removed\n"
     ).encode()
 )

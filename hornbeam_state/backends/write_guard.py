@@ -5,7 +5,8 @@ wait for as long. Whoever takes this one first waits for a given time at most an
 
 It is a POSIX mutex in a file that all processes map: shared between processes, and robust, so
 that the kernel passes it on when its owner dies. Taking and giving it back costs half a
-microsecond; a lock of a file would cost three times that and could only be polled.
+microsecond; a lock of a file would cost three times that and could only be polled. That one is
+used where the C library has no such mutex.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from hornbeam_state.backends.file_locks import FileGuard
+from hornbeam_state.backends.mapped_file import map_file
 from hornbeam_state.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -31,6 +34,22 @@ _CLOCK_MONOTONIC: Final = 1
 _PTHREAD_PROCESS_SHARED: Final = 1
 _PTHREAD_MUTEX_ROBUST: Final = 1
 _PTHREAD_MUTEX_ERRORCHECK: Final = 2
+
+
+_NEEDED: Final = ("pthread_mutexattr_setrobust", "pthread_mutex_clocklock")
+
+
+def make_write_guard(path: Path, *, fresh: bool) -> WriteGuard | FileGuard:
+    """Return what this system has; see `WriteGuard`."""
+    if has_robust_mutexes():
+        return WriteGuard(path, fresh=fresh)
+    return FileGuard(path)
+
+
+def has_robust_mutexes() -> bool:
+    """Return whether the C library has mutexes that outlive their owner, with a timeout."""
+    libc = ctypes.CDLL(None)
+    return all(hasattr(libc, name) for name in _NEEDED)
 
 
 class _Timespec(ctypes.Structure):
@@ -92,8 +111,7 @@ def _create(path: Path) -> None:
     """Make the file complete or not at all; the first of several makers wins."""
     descriptor, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
     try:
-        os.posix_fallocate(descriptor, 0, _SIZE)
-        with mmap.mmap(descriptor, _SIZE) as memory:
+        with map_file(descriptor, _SIZE) as memory:
             _initialise(memory)
         try:
             os.link(name, path)

@@ -291,6 +291,35 @@ class TestLayout:
         expiries = sum(admin.zcard(name) for name in admin.keys("hb:{*}:ae"))
         assert (members, expiries) == (400, 400)
 
+    @pytest.mark.parametrize("how", ["put", "incr", "cas"])
+    def test_expiring_keys_leave_nothing_when_nobody_writes_any_more(self, app, admin, how):
+        """Where every member of an index expires, so does the index, with the last of them."""
+        write = {
+            "put": lambda key, ttl: app.put(key, b"v", ttl),
+            "incr": lambda key, ttl: app.incr(key, 1, ttl),
+            "cas": lambda key, ttl: app.cas(key, None, b"v", ttl),
+        }[how]
+        app.put(b"key", b"v")
+        for number in range(500):
+            write(b"rl:%d" % number, 0.15 if number % 2 else 0.05)
+        bucket = f"hb:{{b{bucket_of(b'key'):02}}}"
+        assert admin.pexpiretime(f"{bucket}:ai") == -1
+        app.delete(b"key")
+        assert admin.pexpiretime(f"{bucket}:ai") == admin.pexpiretime(f"{bucket}:ae")
+        wait_until(lambda: admin.dbsize() == 0, "everything is gone")
+
+    def test_an_index_stays_while_a_member_does(self, app, admin):
+        """A value that no longer expires keeps its index from expiring, and the other way."""
+        app.put(b"key", b"v", 100)
+        assert admin.pexpiretime("hb:{b41}:ai") == admin.pexpiretime("hb:{b41}:a:key")
+        app.put(b"key", b"v", 0.05)
+        app.put(b"key", b"v")
+        assert admin.pexpiretime("hb:{b41}:ai") == -1
+        time.sleep(0.06)
+        assert app.keys() == [b"key"]
+        app.put(b"key", b"v", 0.05)
+        wait_until(lambda: admin.dbsize() == 0, "everything is gone")
+
     def test_counting_trims_what_is_dead(self, app, admin):
         """Expired keys are not counted, however many."""
         names = [name for n in range(200_000) if bucket_of(name := b"%06d" % n) == 7][:2500]

@@ -1,0 +1,22 @@
+"""Files that several processes map into their memory, and write to like to memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+
+def map_file(descriptor: int, size: int) -> mmap.mmap:
+    """Map the first `size` bytes of a file, shared with whoever else maps it.
+
+    The room is allocated first: writing through a map to a hole of a full disk would be a SIGBUS.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        present = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, bytes(max(0, size - present)), present)
+    return mmap.mmap(descriptor, size)
