@@ -183,10 +183,10 @@ class Subscription:
         return self.aopen().__await__()
 
     def _check(self) -> None:
-        if self._closed or (self._inbox is not None and self._inbox.closed):
-            raise _Closed("the subscription is closed")
         if self._process != os.getpid():
             raise RuntimeError("the subscription is the parent process's: subscribe in this one")
+        if self._closed or (self._inbox is not None and self._inbox.closed):
+            raise _Closed("the subscription is closed")
 
     def _take(self) -> Message | None:
         taken = None if self._inbox is None else self._inbox.take()

@@ -502,7 +502,7 @@ def build_everything() -> dict[str, object]:
         for module in list(sys.modules.values())
         if isinstance(module, type(sys))
         for name, item in list(vars(module).items())
-        if isinstance(item, type)
+        if issubclass(type(item), type)
     }
     attacks = [object_bytes(*name, *state) for name in named for state in ([{}], [["A"]])]
     attacks += [object_bytes(*name, fields) for name, fields in with_their_fields()]
@@ -528,7 +528,7 @@ def with_their_fields():
     for module in list(sys.modules.values()):
         for item in list(vars(module).values()) if isinstance(module, type(sys)) else ():
             for holder in ("__dataclass_fields__", "__struct_fields__", "_fields"):
-                fields = vars(item).get(holder) if isinstance(item, type) else None
+                fields = vars(item).get(holder) if issubclass(type(item), type) else None
                 if isinstance(fields, dict | tuple) and fields:
                     yield (item.__module__, item.__qualname__), dict.fromkeys(fields, "evil")
 
