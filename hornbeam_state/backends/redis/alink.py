@@ -194,10 +194,13 @@ class LoopPools:
         return pool
 
     async def close(self) -> None:
-        """Close the idle connections now, and each other when its call ends."""
+        """Close the idle connections now, and each other when its call ends. Does not yield.
+
+        A loop that is about to end would not wait for more than one step.
+        """
         self._closed = True
         for pool in self.by_address.values():
-            await pool.close()
+            await pool.retire()
 
     def let_go_after_fork(self) -> None:
         """Point the child's copies of the sockets nowhere, so that only the parent holds them."""
@@ -274,15 +277,6 @@ class LoopPool:
         """Close the idle connections for good. Does not yield to the event loop."""
         while self._idle:
             await self.drop(self._idle.pop())
-
-    async def close(self) -> None:
-        """Close the idle connections now, and each other when its call ends."""
-        self._closed = True
-        while self._idle:
-            connection = self._idle.pop()
-            self._open.pop(connection, None)
-            with contextlib.suppress(*FAILURES):
-                await connection.disconnect()
 
     def let_go_after_fork(self, nowhere: int) -> None:
         """Put a descriptor of nowhere in the place of each socket."""
