@@ -228,7 +228,8 @@ def read(connection: SyncConnection) -> Any:
     try:
         return connection.read_response()
     except driver.ResponseError as error:
-        return error
+        # Its traceback leads to frames that will hold it, and with it connections and pools.
+        return error.with_traceback(None)
 
 
 async def aask(connection: AsyncConnection, commands: Sequence[Sequence[bytes]]) -> list[Any]:
@@ -243,7 +244,7 @@ async def aread(connection: AsyncConnection) -> Any:
     try:
         return await connection.read_response()
     except driver.ResponseError as error:
-        return error
+        return error.with_traceback(None)  # see `read`
 
 
 def packed(
