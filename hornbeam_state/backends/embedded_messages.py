@@ -90,13 +90,16 @@ class Messages(Access):
         return matching
 
     def _wake(self, waker: Waker, reached: Iterable[Audience]) -> int:
-        """Wake subscribers up; return how many they are, and remove the dead ones."""
+        """Wake subscribers up; remove the dead ones, and return how many the others are."""
         sockets = [socket for one in reached for socket in one.sockets]
-        dead = waker.wake(sockets)
-        if dead:
-            with contextlib.suppress(StoreError):  # the next one to publish to them will do it
-                self._guarded(0.0, self._remove, [bytes.fromhex(socket) for socket in dead])
-        return len(sockets) - len(dead)
+        dead = [bytes.fromhex(socket) for socket in waker.wake(sockets)]
+        if not dead:
+            return len(sockets)
+        try:
+            # One that is gone from the rows by now has closed its socket after it got the message.
+            return len(sockets) - self._guarded(0.0, self._remove, dead)
+        except StoreError:  # others are writing: the next one to publish to them will remove them
+            return len(sockets) - len(dead)
 
     def _current_table(self, txn: Any) -> Table:
         table = self._table
@@ -130,12 +133,14 @@ class Messages(Access):
         member = subscribers.add(txn, file, key, topics, maxsize)
         return member, mailboxes.join(txn, file, member)
 
-    def _remove(self, txn: Any, keys: Iterable[bytes]) -> None:
+    def _remove(self, txn: Any, keys: Iterable[bytes]) -> int:
+        """Remove subscriptions; return how many of them were there."""
         file = self._bind()[1]
-        for key in keys:
-            member = subscribers.remove(txn, file, key)
-            if member is not None:
-                mailboxes.leave(txn, file, member)
+        members = [subscribers.remove(txn, file, key) for key in keys]
+        there = [member for member in members if member is not None]
+        for member in there:
+            mailboxes.leave(txn, file, member)
+        return len(there)
 
     # What inboxes ask for.
 
