@@ -98,7 +98,7 @@ class EmbeddedInbox:
                 elif not self._socket.silence():
                     break  # whatever came since the last look has not been announced yet
                 if row is None and (row := self._look()) is None:
-                    break
+                    continue
                 message = self._open(row)
                 if self._unreleased >= _MANY or self._weight >= _MUCH:
                     self._release()

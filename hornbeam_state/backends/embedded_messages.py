@@ -64,7 +64,7 @@ class Messages(Access):
         return await asyncio.to_thread(self.publish, topic, payload)
 
     def _publish(self, topic: bytes, payload: bytes, patience: float) -> int:
-        waker = self._opened_waker()
+        waker = self._waker or self._open_waker()
         if not (self._table.matching(topic) or self._view(self._current_table).matching(topic)):
             return 0
         if len(payload) <= _LARGEST_INLINE:
@@ -102,9 +102,9 @@ class Messages(Access):
             return len(sockets) - len(dead)
 
     def _current_table(self, txn: Any) -> Table:
-        table = self._table
-        if subscribers.version(txn, self._bind()[1]) != table.version:
-            table = self._table = subscribers.load(txn, self._bind()[1])
+        table, file = self._table, self._bind()[1]
+        if subscribers.version(txn, file) != table.version:
+            table = self._table = subscribers.load(txn, file)
         return table
 
     # Subscribing.
@@ -122,7 +122,9 @@ class Messages(Access):
 
     def _subscribe(self, topics: Topics, maxsize: int, patience: float) -> EmbeddedInbox:
         key = subscribers.make_key()
-        socket = WakeupSocket(self._opened_waker().folder, key.hex())  # else it would look dead
+        socket = WakeupSocket(
+            (self._waker or self._open_waker()).folder, key.hex()
+        )  # else it would look dead
         member, number = self._guarded(patience, self._add, key, topics, maxsize)
         inbox = EmbeddedInbox(self, member, number, socket)
         self._inboxes.add(inbox)
@@ -174,7 +176,7 @@ class Messages(Access):
         So a wake-up that was lost, when its publisher was killed, is made up for.
         """
         if self._owner.opened().has_messages():
-            waker = self._opened_waker()
+            waker = self._waker or self._open_waker()
             known = self._view(self._current_table).all
             self._wake(waker, known)
             old = waker.folder.names(time.time() - _ORPHANED_AFTER)
@@ -211,10 +213,8 @@ class Messages(Access):
                 inbox.forget_after_fork()
             self._inboxes = weakref.WeakSet()
 
-    def _opened_waker(self) -> Waker:
-        waker = self._waker
-        if waker is None:
-            waker = self._waker = Waker(SocketFolder(self._bind()[0].directory / "inboxes"))
+    def _open_waker(self) -> Waker:
+        waker = self._waker = Waker(SocketFolder(self._bind()[0].directory / "inboxes"))
         return waker
 
     def _full(self) -> StoreFull:
