@@ -94,7 +94,7 @@ class Contender:
 
     def answers(self, topic):
         """Have each subscriber of a topic tell what it has seen since it was last asked."""
-        self.store.publish(topic, ("report", 0, b""))
+        self.store.publish(topic, message(b"r", 0))
         return [json.loads(child.stdout.readline()) for child in self.subscribers[topic]]
 
     def pace(self, topic, count, pause, content):
@@ -102,7 +102,7 @@ class Contender:
         calls = []
         for _ in range(count):
             start = time.perf_counter_ns()
-            self.store.publish(topic, ("time", start, content))
+            self.store.publish(topic, message(b"t", start, content))
             calls.append((time.perf_counter_ns() - start) / 1000)
             time.sleep(pause)
         return calls, [one for answer in self.answers(topic) for one in answer["taken"]]
@@ -111,13 +111,17 @@ class Contender:
         """Publish without a pause; return how many messages a second reached everybody."""
         start = time.perf_counter()
         for number in range(count):
-            self.store.publish(topic, ("count", number, content))
+            self.store.publish(topic, message(b"c", number, content))
         answers = self.answers(topic)
         elapsed = time.perf_counter() - start
         for answer in answers:
             if (answer["count"], answer["dropped"]) != (count, 0):
                 raise RuntimeError(f"of {count} messages a subscriber got {answer['count']}")
         return count / elapsed
+
+
+def message(kind, number, content=b""):
+    return kind + number.to_bytes(8) + content
 
 
 def start_subscriber(url, topic, number):
@@ -135,11 +139,11 @@ def subscriber(url, topic, number):
     print("ready", flush=True)
     taken, count = [], 0
     while True:
-        kind, value, _ = subscription.get().data
+        data = subscription.get().data
         now = time.perf_counter_ns()
-        if kind == "time":
-            taken.append((now - value) / 1000)
-        elif kind == "count":
+        if data[:1] == b"t":
+            taken.append((now - int.from_bytes(data[1:9])) / 1000)
+        elif data[:1] == b"c":
             count += 1
         else:
             seen = {"taken": taken, "count": count, "dropped": subscription.dropped}
@@ -173,9 +177,7 @@ class Datagrams:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.close = self._socket.close
 
-    def publish(self, topic, message):
-        kind, value, content = message
-        data = f"{kind} {value} ".encode() + content
+    def publish(self, topic, data):
         for number in range(TOPICS[topic]):
             self._socket.sendto(data, f"{self._directory}/{topic}{number}")
 
@@ -187,8 +189,7 @@ class Datagrams:
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
         poller.poll()
-        kind, value, content = self._socket.recv(65536).split(b" ", 2)
-        self.data = kind.decode(), int(value), content
+        self.data = self._socket.recv(65536)
         return self
 
 
