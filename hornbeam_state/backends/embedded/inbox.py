@@ -92,16 +92,20 @@ class EmbeddedInbox:
         """Remove and return the oldest message, or None."""
         with self._lock:
             while not self.closed:
-                row = self._next_row()
-                if row is None:
-                    if self._in_files:
-                        self._release()
-                    return None
+                row = None
+                if self._next < self._end:
+                    row = self._mail.get(self._member.mailbox, self._next)
+                elif not self._socket.silence():
+                    break  # whatever came since the last look has not been announced yet
+                if row is None and (row := self._look()) is None:
+                    continue
                 message = self._open(row)
                 if self._unreleased >= _MANY or self._weight >= _MUCH:
                     self._release()
                 if message is not None:
                     return message
+            if self._in_files and not self.closed:
+                self._release()
             return None
 
     def close(self) -> None:
@@ -119,22 +123,15 @@ class EmbeddedInbox:
         self._lock = threading.RLock()
         self.closed = True
 
-    def _next_row(self) -> bytes | None:
-        if self._next < self._end:
-            row = self._mail.get(self._member.mailbox, self._next)
-            if row is not None:
-                return row
-        elif not self._socket.silence():
-            return None  # whatever came since the last look has not been announced yet
+    def _look(self) -> bytes | None:
+        """See what there is, and return the first."""
         try:
-            return self._look()
+            number, self._end, row = self._mail.look(self._member.mailbox, self._next)
         except BaseException:
             self._socket.wake()  # what was announced is still to be looked for
             raise
-
-    def _look(self) -> bytes | None:
-        number, self._end, row = self._mail.look(self._member.mailbox, self._next)
-        self._skip_to(number)
+        if number > self._next:
+            self._skip_to(number)
         if self._end - number > 1:
             self._socket.wake()  # others may wait for what comes after this one
         return row

@@ -121,7 +121,7 @@ def look(txn: Any, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]
     """
     oldest, end, _ = _load(txn, mailbox)
     first = max(number, oldest)
-    return first, end, get(txn, mailbox, first)
+    return first, end, txn.get(mailbox + _NUMBER.pack(first))
 
 
 def release(txn: Any, file: LmdbFile, member: Member, number: int, most: int) -> bool:

@@ -64,7 +64,7 @@ class Messages(Access):
         return await asyncio.to_thread(self.publish, topic, payload)
 
     def _publish(self, topic: bytes, payload: bytes, patience: float) -> int:
-        waker = self._opened_waker()
+        waker = self._waker or self._open_waker()
         if not (self._table.matching(topic) or self._view(self._current_table).matching(topic)):
             return 0
         if len(payload) <= _LARGEST_INLINE:
@@ -90,18 +90,21 @@ class Messages(Access):
         return matching
 
     def _wake(self, waker: Waker, reached: Iterable[Audience]) -> int:
-        """Wake subscribers up; return how many they are, and remove the dead ones."""
+        """Wake subscribers up; remove the dead ones, and return how many the others are."""
         sockets = [socket for one in reached for socket in one.sockets]
-        dead = waker.wake(sockets)
-        if dead:
-            with contextlib.suppress(StoreError):  # the next one to publish to them will do it
-                self._guarded(0.0, self._remove, [bytes.fromhex(socket) for socket in dead])
-        return len(sockets) - len(dead)
+        dead = [bytes.fromhex(socket) for socket in waker.wake(sockets)]
+        if not dead:
+            return len(sockets)
+        try:
+            # One that is gone from the rows by now has closed its socket after it got the message.
+            return len(sockets) - self._guarded(0.0, self._remove, dead)
+        except StoreError:  # others are writing: the next one to publish to them will remove them
+            return len(sockets) - len(dead)
 
     def _current_table(self, txn: Any) -> Table:
-        table = self._table
-        if subscribers.version(txn, self._bind()[1]) != table.version:
-            table = self._table = subscribers.load(txn, self._bind()[1])
+        table, file = self._table, self._bind()[1]
+        if subscribers.version(txn, file) != table.version:
+            table = self._table = subscribers.load(txn, file)
         return table
 
     # Subscribing.
@@ -119,7 +122,9 @@ class Messages(Access):
 
     def _subscribe(self, topics: Topics, maxsize: int, patience: float) -> EmbeddedInbox:
         key = subscribers.make_key()
-        socket = WakeupSocket(self._opened_waker().folder, key.hex())  # else it would look dead
+        socket = WakeupSocket(
+            (self._waker or self._open_waker()).folder, key.hex()
+        )  # else it would look dead
         member, number = self._guarded(patience, self._add, key, topics, maxsize)
         inbox = EmbeddedInbox(self, member, number, socket)
         self._inboxes.add(inbox)
@@ -130,12 +135,14 @@ class Messages(Access):
         member = subscribers.add(txn, file, key, topics, maxsize)
         return member, mailboxes.join(txn, file, member)
 
-    def _remove(self, txn: Any, keys: Iterable[bytes]) -> None:
+    def _remove(self, txn: Any, keys: Iterable[bytes]) -> int:
+        """Remove subscriptions; return how many of them were there."""
         file = self._bind()[1]
-        for key in keys:
-            member = subscribers.remove(txn, file, key)
-            if member is not None:
-                mailboxes.leave(txn, file, member)
+        members = [subscribers.remove(txn, file, key) for key in keys]
+        there = [member for member in members if member is not None]
+        for member in there:
+            mailboxes.leave(txn, file, member)
+        return len(there)
 
     # What inboxes ask for.
 
@@ -169,7 +176,7 @@ class Messages(Access):
         So a wake-up that was lost, when its publisher was killed, is made up for.
         """
         if self._owner.opened().has_messages():
-            waker = self._opened_waker()
+            waker = self._waker or self._open_waker()
             known = self._view(self._current_table).all
             self._wake(waker, known)
             old = waker.folder.names(time.time() - _ORPHANED_AFTER)
@@ -206,10 +213,8 @@ class Messages(Access):
                 inbox.forget_after_fork()
             self._inboxes = weakref.WeakSet()
 
-    def _opened_waker(self) -> Waker:
-        waker = self._waker
-        if waker is None:
-            waker = self._waker = Waker(SocketFolder(self._bind()[0].directory / "inboxes"))
+    def _open_waker(self) -> Waker:
+        waker = self._waker = Waker(SocketFolder(self._bind()[0].directory / "inboxes"))
         return waker
 
     def _full(self) -> StoreFull:

@@ -65,6 +65,8 @@ class Table:
     def matching(self, topic: bytes) -> list[Audience]:
         """Return those who get a message on a topic."""
         named = self._by_name.get(topic, [])
+        if not self._by_prefix:
+            return named
         return named + [one for prefix, one in self._by_prefix if topic.startswith(prefix)]
 
 

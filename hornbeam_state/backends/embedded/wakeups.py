@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _LONGEST_ADDRESS: Final = 103  # 107 on Linux
 _LONGEST_NAME: Final = 16
-_AT_A_TIME: Final = 64
 _NOBODY_THERE: Final = (ConnectionRefusedError, FileNotFoundError, BrokenPipeError)
 
 
@@ -101,23 +100,25 @@ class WakeupSocket:
             ) from error
 
     def fileno(self) -> int:
-        """Return the descriptor: readable from a wake-up until `silence`; for good once closed."""
+        """Return the descriptor: readable while there are wake-ups, and for good once closed."""
         return self._socket.fileno()
 
+    def is_awake(self) -> bool:
+        """Return whether a wake-up has come that was not taken away."""
+        return bool(self._poller.poll(0))  # a tenth of what the exception of `recv` would cost
+
     def silence(self) -> bool:
-        """Take the wake-ups away that have come so far; return whether there were any."""
-        if not self._poller.poll(0):  # costs a tenth of the exception that `recv` would raise
+        """Take a wake-up away; return whether there was one."""
+        if not self.is_awake():
             return False
-        for _ in range(_AT_A_TIME):
-            self._socket.recv(1)
-            if not self._poller.poll(0):
-                break
+        self._socket.recv(1)
         return True
 
     def wake(self) -> None:
-        """Send itself a wake-up."""
-        with contextlib.suppress(OSError):  # full is as good, and closed is readable anyway
-            self._socket.sendto(b"!", self._folder.base + self._name)
+        """Have the descriptor readable."""
+        if not self.is_awake():
+            with contextlib.suppress(OSError):
+                self._socket.sendto(b"!", self._folder.base + self._name)
 
     def close(self) -> None:
         """Let nobody reach it any more, and whoever waits for it go on; its descriptor stays."""
