@@ -91,7 +91,7 @@ both = pytest.mark.parametrize("twin", [False, True], ids=["sync", "async"])
 
 
 @pytest.fixture
-def calls(request):
+def calls():
     """Return what gives `get` and `incr` of a key space, sync or async."""
     runners = []
 
