@@ -159,7 +159,7 @@ class TestLoss:
         messages = [failure_of(subscribing, backend) for _ in range(5)]
         assert "cannot be reached" in messages[0][0]
         assert "next try" in messages[-1][0]
-        assert max(took for _, took in messages) < TIMEOUT
+        assert max(took for _, took in messages) < 5 * TIMEOUT
         wait_until(lambda: not threads(), "the thread has ended")
 
 
@@ -177,7 +177,7 @@ class TestStall:
         for _ in range(3):
             message, took = failure_of(subscribing, backend)
             assert "did not answer within 0.3 s" in message
-            assert 0.9 * TIMEOUT < took < 2 * TIMEOUT
+            assert 0.9 * TIMEOUT < took < 5 * TIMEOUT
         message, took = failure_of(subscribing, backend)
         assert "next try" in message
         server.resume()
@@ -237,7 +237,7 @@ class TestStall:
     def test_an_event_loop_runs_on(self, make_server, connect):
         """Whatever its tasks subscribe to and close."""
         server = make_server()
-        backend = connect(server.unix_url, 1)
+        backend = connect(server.unix_url, 2)
         longest = 0.0
 
         async def tick():
@@ -260,12 +260,12 @@ class TestStall:
                 inbox.close()
                 await asyncio.sleep(0)
             await backend.aclose()
-            assert time.monotonic() - started < 4
+            assert time.monotonic() - started < 8
             ticker.cancel()
             server.resume()
 
         asyncio.run(main())
-        assert longest < 0.5
+        assert longest < 1  # waiting for the server would take 2
 
     def test_a_cancelled_task_leaves_nothing_subscribed(self, make_server, connect):
         """Whenever it is cancelled: while connecting, or while waiting for the answer."""
