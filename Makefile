@@ -47,6 +47,7 @@ format: $(VENV)/dev.stamp ## format the code, mend what the linter can mend
 
 bench: $(VENV)/dev.stamp ## run the benchmarks; each prints JSON
 	$(BIN)/python benchmarks/state.py
+	$(BIN)/python benchmarks/messages.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/hello.py
 

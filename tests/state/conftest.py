@@ -14,8 +14,6 @@ from redis_servers import Cluster, FakeServer, Server, Watched
 from hornbeam_state.backends.redis.backend import RedisBackend
 from hornbeam_state.config import StoreConfig
 
-pytest.register_assert_rewrite("hornbeam_state.contract")
-
 
 def _missing(what: str):
     """Skip, visibly; in CI, where nothing may be missing, fail."""
