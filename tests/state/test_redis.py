@@ -39,6 +39,7 @@ from hornbeam_state.errors import (
     HornbeamError,
     StoreFull,
     StoreUnavailable,
+    WrongType,
 )
 
 TIMEOUT = 0.5
@@ -859,6 +860,20 @@ class TestAsyncio:
             lambda: admin.info("clients")["connected_clients"] == before,
             "the server sees them closed",
         )
+
+    def test_an_error_that_is_kept_keeps_no_connection(self, valkey, connect, admin):
+        """Its traceback leads to the frames of the call, as long as anyone looks at it."""
+        backend = connect(valkey.url)
+        space = backend.keyspace("app")
+        space.put(b"k", b"v")
+        backend.close()
+        with asyncio.Runner() as runner:
+            with pytest.raises(WrongType) as kept:
+                runner.run(space.aincr(b"k", 1))
+            backend.close()
+            runner.run(asyncio.sleep(0))
+            wait_until(lambda: len(admin.client_list(_type="normal")) == 1, "it is closed")
+        assert kept.value.__traceback__ is not None
 
     def test_close_reaches_every_loop(self, valkey, connect, admin):
         """A loop in another thread closes its connections, and opens others when it needs them."""

@@ -46,14 +46,15 @@ class AsyncLink:
         self._routes = routes
         self._connector = connector
         # A connection refers to its loop, so weak keys would keep every loop alive. Instead an
-        # entry goes when its loop shuts down: that is what the generator is for.
-        self._loops: dict[AbstractEventLoop, tuple[LoopPools, AsyncGenerator[None, None]]] = {}
+        # entry goes when its loop shuts down: that is what the generators are for. Nothing else
+        # may refer to them, and no frame of a call: an error's traceback may keep it for long.
+        self._pools: dict[AbstractEventLoop, LoopPools] = {}
+        self._lifetimes: dict[AbstractEventLoop, AsyncGenerator[None, None]] = {}
         self._inherited: list[object] = []
 
     async def run(self, steps: Steps[T]) -> T:
         """Awaitable twin of `Link.run`; cancelling it leaves the outcome of a write unknown."""
-        entry = self._loops.get(asyncio.get_running_loop())
-        pools = entry[0] if entry is not None else await self._open_pools()
+        pools = self._pools.get(asyncio.get_running_loop()) or await self._open_pools()
         work = self._routes.operation(steps)
         try:
             request = next(work)
@@ -124,13 +125,14 @@ class AsyncLink:
 
     async def _open_pools(self) -> LoopPools:
         loop = asyncio.get_running_loop()
-        for other in list(self._loops):
+        for other in list(self._pools):
             if other.is_closed():  # without a proper shutdown
-                self._loops.pop(other, None)
+                self._pools.pop(other, None)
+                self._lifetimes.pop(other, None)
         pools = LoopPools(self._routes, self._connector)
-        lifetime = self._lifetime(loop, pools)
-        self._loops[loop] = pools, lifetime
-        await anext(lifetime)
+        self._pools[loop] = pools
+        self._lifetimes[loop] = self._lifetime(loop, pools)
+        await anext(self._lifetimes[loop])
         return pools
 
     async def _lifetime(
@@ -140,30 +142,29 @@ class AsyncLink:
         try:
             yield
         finally:
-            entry = self._loops.get(loop)
-            if entry is not None and entry[0] is pools:
-                del self._loops[loop]
+            if self._pools.get(loop) is pools:
+                del self._pools[loop], self._lifetimes[loop]
             await pools.close()
 
     def close(self) -> None:
         """Let every loop close its connections."""
         # A generator that is dropped has its loop finish it, from whatever thread.
-        self._loops = {}
+        self._pools, self._lifetimes = {}, {}
 
     async def aclose(self) -> None:
         """Close the running loop's connections, and let other loops close theirs."""
-        entry = self._loops.pop(asyncio.get_running_loop(), None)
+        lifetime = self._lifetimes.get(asyncio.get_running_loop())
+        if lifetime is not None:
+            await lifetime.aclose()
         self.close()
-        if entry is not None:
-            await entry[1].aclose()
 
     def after_fork(self) -> None:
         """Forget the parent's connections."""
-        for pools, _ in self._loops.values():
+        for pools in self._pools.values():
             pools.let_go_after_fork()
         # Closing a transport here would speak to the parent's epoll: these are never touched.
-        self._inherited.append(self._loops)
-        self._loops = {}
+        self._inherited.append((self._pools, self._lifetimes))
+        self._pools, self._lifetimes = {}, {}
 
 
 class LoopPools:
