@@ -105,6 +105,8 @@ class Messages(Access):
         table, file = self._table, self._bind()[1]
         if subscribers.version(txn, file) != table.version:
             table = self._table = subscribers.load(txn, file)
+            if self._waker is not None:
+                self._waker.forget_others(table.sockets)
         return table
 
     # Subscribing.
@@ -122,9 +124,8 @@ class Messages(Access):
 
     def _subscribe(self, topics: Topics, maxsize: int, patience: float) -> EmbeddedInbox:
         key = subscribers.make_key()
-        socket = WakeupSocket(
-            (self._waker or self._open_waker()).folder, key.hex()
-        )  # else it would look dead
+        folder = (self._waker or self._open_waker()).folder
+        socket = WakeupSocket(folder, key.hex())  # before anyone could take it for dead
         member, number = self._guarded(patience, self._add, key, topics, maxsize)
         inbox = EmbeddedInbox(self, member, number, socket)
         self._inboxes.add(inbox)
@@ -177,10 +178,9 @@ class Messages(Access):
         """
         if self._owner.opened().has_messages():
             waker = self._waker or self._open_waker()
-            known = self._view(self._current_table).all
-            self._wake(waker, known)
-            old = waker.folder.names(time.time() - _ORPHANED_AFTER)
-            waker.wake(set(old).difference(*(one.sockets for one in known)))
+            table = self._view(self._current_table)
+            self._wake(waker, table.all)
+            waker.wake(waker.folder.names(time.time() - _ORPHANED_AFTER) - table.sockets)
         return False
 
     def remove_leftovers(self) -> bool:
