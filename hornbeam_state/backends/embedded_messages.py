@@ -65,7 +65,7 @@ class Messages(Access):
 
     def _publish(self, topic: bytes, payload: bytes, patience: float) -> int:
         waker = self._waker or self._open_waker()
-        if not (self._table.matching(topic) or self._view(self._current_table).matching(topic)):
+        if not (self._table.matching(topic) or self.view(self._current_table).matching(topic)):
             return 0
         if len(payload) <= _LARGEST_INLINE:
             reached = self._guarded(patience, self._deliver, topic, payload)
@@ -147,14 +147,6 @@ class Messages(Access):
 
     # What inboxes ask for.
 
-    def get(self, mailbox: bytes, number: int) -> bytes | None:
-        """Return the message of that number, or None."""
-        return self._view(mailboxes.get, mailbox, number)
-
-    def look(self, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]:
-        """Return what there is from a number on; see `mailboxes.look`."""
-        return self._view(mailboxes.look, mailbox, number)
-
     def read_file(self, digest: bytes, size: int) -> bytes | None:
         """Return a payload that lies in a file, or None if that is gone."""
         return self._bind()[1].blobs.read(digest, size)
@@ -178,7 +170,7 @@ class Messages(Access):
         """
         if self._owner.opened().has_messages():
             waker = self._waker or self._open_waker()
-            table = self._view(self._current_table)
+            table = self.view(self._current_table)
             self._wake(waker, table.all)
             waker.wake(waker.folder.names(time.time() - _ORPHANED_AFTER) - table.sockets)
         return False
@@ -187,7 +179,7 @@ class Messages(Access):
         """Remove mailboxes of nobody, a step at a time; return whether there are more."""
         if not self._owner.opened().has_messages():
             return False
-        if not self._view(mailboxes.without_members, self._bind()[1]):
+        if not self.view(mailboxes.without_members, self._bind()[1]):
             return False
         self._guarded(UPKEEP_PATIENCE, self._remove_leftover)
         return True

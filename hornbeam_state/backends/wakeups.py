@@ -101,20 +101,16 @@ class WakeupSocket:
         """Return the descriptor: readable while there are wake-ups, and for good once closed."""
         return self._socket.fileno()
 
-    def is_awake(self) -> bool:
-        """Return whether a wake-up has come that was not taken away."""
-        return bool(self._poller.poll(0))  # a tenth of what the exception of `recv` would cost
-
     def silence(self) -> bool:
         """Take a wake-up away; return whether there was one."""
-        if not self.is_awake():
+        if not self._poller.poll(0):  # a tenth of what the exception of `recv` would cost
             return False
         self._socket.recv(1)
         return True
 
     def wake(self) -> None:
         """Have the descriptor readable."""
-        if not self.is_awake():
+        if not self._poller.poll(0):
             with contextlib.suppress(OSError):
                 self._socket.sendto(b"!", self._folder.base + self._name)
 

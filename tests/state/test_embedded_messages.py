@@ -92,7 +92,7 @@ def left(store) -> dict[str, int]:
     messages = messages_of(store)
     file = messages._bind()[1]
     counted = {
-        name: messages._view(lambda txn, handle=handle: txn.stat(handle)["entries"])
+        name: messages.view(lambda txn, handle=handle: txn.stat(handle)["entries"])
         for name, handle in file.databases.items()
     }
     directory = store.backend.directory
