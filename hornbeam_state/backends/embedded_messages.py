@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_state.backends import mailboxes, subscribers
-from hornbeam_state.backends.blobs import Blob
+from hornbeam_state.backends.blobs import LARGEST_INLINE, Blob
 from hornbeam_state.backends.embedded_access import (
     LOOP_PATIENCE,
     UPKEEP_PATIENCE,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.base import Topics
     from hornbeam_state.backends.mailboxes import Member
 
-_LARGEST_INLINE: Final = 8 * 1024
 _RELEASED_AT_ONCE: Final = 256
 _ORPHANED_AFTER: Final = 60.0
 
@@ -58,7 +57,7 @@ class Messages(Access):
 
     async def apublish(self, topic: bytes, payload: bytes) -> int:
         """Awaitable twin of `publish`; in a thread where it opens or writes a file or waits."""
-        if self._waker is not None and len(payload) <= _LARGEST_INLINE:
+        if self._waker is not None and len(payload) <= LARGEST_INLINE:
             with contextlib.suppress(Busy):
                 return self._publish(topic, payload, LOOP_PATIENCE)
         return await asyncio.to_thread(self.publish, topic, payload)
@@ -67,7 +66,7 @@ class Messages(Access):
         waker = self._waker or self._open_waker()
         if not (self._table.matching(topic) or self.view(self._current_table).matching(topic)):
             return 0
-        if len(payload) <= _LARGEST_INLINE:
+        if len(payload) <= LARGEST_INLINE:
             reached = self._guarded(patience, self._deliver, topic, payload)
         else:
             blobs = self._bind()[1].blobs

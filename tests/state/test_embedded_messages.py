@@ -208,13 +208,13 @@ def test_large_messages_that_are_dropped_are_counted_exactly(store, url):
             numbers = []
             while not numbers or numbers[-1] >= 0:
                 number, text = subscription.get(PATIENCE).data
-                assert text == str(number) * 5000
+                assert text == str(number) * 70_000
                 numbers.append(number)
             return len(numbers), subscription.dropped
 
     reader = Child(read).when_ready()
     for number in [*range(500), -1]:
-        assert store.publish("t", (number, str(number) * 5000)) == 1
+        assert store.publish("t", (number, str(number) * 70_000)) == 1
     assert sum(reader.value()) == 501
     wait_until(lambda: store.publish("t", 0) == 0)
     assert left(store) == NOTHING
@@ -357,7 +357,7 @@ def test_short_subscriptions_leave_nothing(store):
     for number in range(500):
         mine = open_store(f"lmdb://{store.backend.directory}") if number % 50 == 0 else store
         subscription = mine.subscribe(f"t{number % 7}", "large*", maxsize=number + 1)
-        store.publish("large", b"x" * 10_000)
+        store.publish("large", b"x" * 100_000)
         if number % 2:
             subscription.close()
         del subscription
@@ -437,7 +437,7 @@ def test_closed_stores_leave_no_descriptors(url):
     def use() -> None:
         store = open_store(url)
         subscription = store.subscribe("t")
-        store.publish("t", b"x" * 20_000)
+        store.publish("t", b"x" * 100_000)
         subscription.get(PATIENCE)
         store.close()
 
