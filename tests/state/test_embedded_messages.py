@@ -175,6 +175,59 @@ def test_processes_that_keep_up_lose_nothing(store, url):
     assert left(store) == NOTHING
 
 
+@pytest.mark.parametrize("turn", range(3))
+def test_processes_may_be_the_first_together(url, turn):
+    """Sixteen that subscribe at once in a store without files of messages, or without any."""
+    gate, open_gate = os.pipe()
+
+    def come_first(ready) -> int:
+        os.read(gate, 1)
+        with open_store(url, timeout=30).subscribe("t") as subscription:
+            ready()
+            return subscription.get(PATIENCE).data
+
+    children = [Child(come_first) for _ in range(16)]
+    os.write(open_gate, b"." * 16)
+    for child in children:
+        child.when_ready()
+    os.close(gate)
+    os.close(open_gate)
+    store = open_store(url, timeout=30)
+    assert store.publish("t", 17) == 16
+    assert [child.value() for child in children] == [17] * 16
+    store.close()
+
+
+def test_forks_amid_publishing_break_nothing(store):
+    """Each child has messages of its own, whatever threads of the parent were doing."""
+    stop = threading.Event()
+    published = [0, 0]
+
+    def publish(index):
+        while not stop.is_set():
+            published[index] += store.publish("parent", index)
+
+    def live(ready, number) -> int:
+        with store.subscribe(f"child/{number}") as subscription:
+            own = store.publish(f"child/{number}", number)
+            return [own, store.publish("parent", "child"), subscription.get(PATIENCE).data]
+
+    with store.subscribe("parent", maxsize=10**6) as subscription:
+        threads = [threading.Thread(target=publish, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(30):
+            assert Child(live, number).value() == [1, 1, number]
+        stop.set()
+        for thread in threads:
+            thread.join()
+        for _ in range(sum(published) + 30):
+            subscription.get(PATIENCE)
+        with pytest.raises(DeadlineExceeded):
+            subscription.get(0)
+    assert left(store) == NOTHING
+
+
 @pytest.mark.parametrize("maxsize", [1, 7, 300])
 def test_what_a_fast_publisher_drops_is_counted_exactly(store, url, maxsize):
     """Every message is taken or counted, whatever the race, and what is taken is in order."""
