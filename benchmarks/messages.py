@@ -2,27 +2,26 @@
 
 python benchmarks/messages.py --rounds 10
 
-A subscriber is a process of its own. The time of a delivery runs from just before `publish` in one
-process to just after `get` has returned in the other, by the clock that all processes share. On
-two cores nine processes wait for each other most of that time: so beside the store there are bare
-datagrams, one sent to each subscriber, which is the least that any way of waking them can cost.
+A subscriber is a process of its own, forked as a server forks its workers, or started afresh with
+``--start spawn``: then no two share a page of memory, which costs the caches more. The time of a
+delivery runs from just before `publish` in one process to just after `get` has returned in the
+other, by the clock that all processes share. On two cores nine processes wait for each other most
+of that time: so beside the store there are bare datagrams, one sent to each subscriber, which is
+the least that any way of waking them can cost.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import multiprocessing
 import select
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, environment, note, parser, redis_server, report, rotated, summary
+from common import environment, note, parser, redis_server, report, rotated, summary
 
 from hornbeam_state import open_store
 
@@ -32,26 +31,24 @@ TOPICS = {"nobody": 0, "one": 1, "many": MANY}
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["subscriber"]:
-        subscriber(*sys.argv[2:])
-        return
     options = parser(__doc__.partition("\n")[0])
     options.set_defaults(rounds=10)
     options.add_argument("--messages", type=int, default=300, help="deliveries timed in a turn")
     options.add_argument("--pause", type=float, default=0.004, help="seconds between two of them")
     options.add_argument("--flood", type=int, default=5000, help="messages sent without a pause")
     options.add_argument("--bytes", type=int, default=100, help="size of a message, about")
+    options.add_argument("--start", choices=("fork", "spawn"), default="fork")
     options.add_argument("--redis", action="store_true", help="measure a Redis as well")
     args = options.parse_args()
 
     machine = environment("lmdb", "redis")
     with contextlib.ExitStack() as stack:
-        contenders = make_contenders(stack, redis=args.redis)
+        contenders = make_contenders(stack, args)
         rounds = measure(contenders, args)
     report(
         {
             "benchmark": "messages",
-            "options": {name: getattr(args, name) for name in ("rounds", "messages", "bytes")},
+            "options": {name: value for name, value in vars(args).items() if name != "out"},
             "environment": machine,
             **figures(rounds),
         },
@@ -59,43 +56,50 @@ def main() -> None:
     )
 
 
-def make_contenders(stack, *, redis):
+def make_contenders(stack, args):
     """Return by name what publishes, with its subscribers running."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hb-bench-")))
     urls = {EMBEDDED: f"lmdb://{directory}/store", DATAGRAMS: f"datagrams:{directory}"}
-    if redis:
+    if args.redis:
         urls[REDIS] = f"unix://{stack.enter_context(redis_server())[1]}"
-    return {name: stack.enter_context(Contender(url)) for name, url in urls.items()}
+    return {name: stack.enter_context(Contender(url, args.start)) for name, url in urls.items()}
 
 
 class Contender:
     """A publisher and its subscribers, for the length of a block."""
 
-    def __init__(self, url):
+    def __init__(self, url, start):
         self.store = open_bus(url)
-        self.subscribers = {
-            topic: [start_subscriber(url, topic, number) for number in range(count)]
+        self._context = multiprocessing.get_context(start)
+        self._children = []
+        self._pipes = {
+            topic: [self._start(url, topic, number) for number in range(count)]
             for topic, count in TOPICS.items()
         }
 
+    def _start(self, *args):
+        """Start a subscriber; return where it answers, once it has subscribed."""
+        ours, theirs = self._context.Pipe(duplex=False)
+        child = self._context.Process(target=subscriber, args=(*args, theirs), daemon=True)
+        child.start()
+        theirs.close()
+        self._children.append(child)
+        ours.recv()
+        return ours
+
     def __enter__(self):
-        for children in self.subscribers.values():
-            for child in children:
-                child.stdout.readline()
         return self
 
     def __exit__(self, *_):
-        for children in self.subscribers.values():
-            for child in children:
-                child.kill()
-                child.wait()
-                child.stdout.close()
+        for child in self._children:
+            child.kill()
+            child.join()
         self.store.close()
 
     def answers(self, topic):
         """Have each subscriber of a topic tell what it has seen since it was last asked."""
         self.store.publish(topic, message(b"r", 0))
-        return [json.loads(child.stdout.readline()) for child in self.subscribers[topic]]
+        return [pipe.recv() for pipe in self._pipes[topic]]
 
     def pace(self, topic, count, pause, content):
         """Publish with pauses; return the microseconds of each call and of each delivery."""
@@ -124,19 +128,10 @@ def message(kind, number, content=b""):
     return kind + number.to_bytes(8) + content
 
 
-def start_subscriber(url, topic, number):
-    return subprocess.Popen(
-        [sys.executable, __file__, "subscriber", url, topic, str(number)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
-def subscriber(url, topic, number):
+def subscriber(url, topic, number, pipe):
     """Take messages until killed; tell what came whenever a message asks for it."""
     subscription = open_bus(url).subscribe(topic, number)
-    print("ready", flush=True)
+    pipe.send("ready")
     taken, count = [], 0
     while True:
         data = subscription.get().data
@@ -146,8 +141,7 @@ def subscriber(url, topic, number):
         elif data[:1] == b"c":
             count += 1
         else:
-            seen = {"taken": taken, "count": count, "dropped": subscription.dropped}
-            print(json.dumps(seen), flush=True)
+            pipe.send({"taken": taken, "count": count, "dropped": subscription.dropped})
             taken, count = [], 0
 
 

@@ -107,7 +107,8 @@ class Subscription:
         Raises:
             DeadlineExceeded: none came in time.
         """
-        _check_timeout(timeout)
+        if timeout is not None:
+            _check_timeout(timeout)
         self.open()
         deadline = None if timeout is None else time.monotonic() + timeout
         while (message := self._take()) is None:
@@ -121,7 +122,8 @@ class Subscription:
 
     async def aget(self, timeout: float | None = None) -> Message:
         """Awaitable twin of `get`; cancelling it loses no message."""
-        _check_timeout(timeout)
+        if timeout is not None:
+            _check_timeout(timeout)
         await self.aopen()
         self._taken += 1
         if self._taken % _IN_A_ROW == 0:
@@ -235,9 +237,7 @@ class _Closed(RuntimeError):
     """The subscription is closed."""
 
 
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is None:
-        return
+def _check_timeout(timeout: float) -> None:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):
         raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__qualname__}")
     if not timeout >= 0:

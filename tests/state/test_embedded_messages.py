@@ -92,7 +92,7 @@ def left(store) -> dict[str, int]:
     messages = messages_of(store)
     file = messages._bind()[1]
     counted = {
-        name: messages._view(lambda txn, handle=handle: txn.stat(handle)["entries"])
+        name: messages.view(lambda txn, handle=handle: txn.stat(handle)["entries"])
         for name, handle in file.databases.items()
     }
     directory = store.backend.directory
@@ -175,6 +175,59 @@ def test_processes_that_keep_up_lose_nothing(store, url):
     assert left(store) == NOTHING
 
 
+@pytest.mark.parametrize("turn", range(3))
+def test_processes_may_be_the_first_together(url, turn):
+    """Sixteen that subscribe at once in a store without files of messages, or without any."""
+    gate, open_gate = os.pipe()
+
+    def come_first(ready) -> int:
+        os.read(gate, 1)
+        with open_store(url, timeout=30).subscribe("t") as subscription:
+            ready()
+            return subscription.get(PATIENCE).data
+
+    children = [Child(come_first) for _ in range(16)]
+    os.write(open_gate, b"." * 16)
+    for child in children:
+        child.when_ready()
+    os.close(gate)
+    os.close(open_gate)
+    store = open_store(url, timeout=30)
+    assert store.publish("t", 17) == 16
+    assert [child.value() for child in children] == [17] * 16
+    store.close()
+
+
+def test_forks_amid_publishing_break_nothing(store):
+    """Each child has messages of its own, whatever threads of the parent were doing."""
+    stop = threading.Event()
+    published = [0, 0]
+
+    def publish(index):
+        while not stop.is_set():
+            published[index] += store.publish("parent", index)
+
+    def live(ready, number) -> int:
+        with store.subscribe(f"child/{number}") as subscription:
+            own = store.publish(f"child/{number}", number)
+            return [own, store.publish("parent", "child"), subscription.get(PATIENCE).data]
+
+    with store.subscribe("parent", maxsize=10**6) as subscription:
+        threads = [threading.Thread(target=publish, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(30):
+            assert Child(live, number).value() == [1, 1, number]
+        stop.set()
+        for thread in threads:
+            thread.join()
+        for _ in range(sum(published) + 30):
+            subscription.get(PATIENCE)
+        with pytest.raises(DeadlineExceeded):
+            subscription.get(0)
+    assert left(store) == NOTHING
+
+
 @pytest.mark.parametrize("maxsize", [1, 7, 300])
 def test_what_a_fast_publisher_drops_is_counted_exactly(store, url, maxsize):
     """Every message is taken or counted, whatever the race, and what is taken is in order."""
@@ -208,13 +261,13 @@ def test_large_messages_that_are_dropped_are_counted_exactly(store, url):
             numbers = []
             while not numbers or numbers[-1] >= 0:
                 number, text = subscription.get(PATIENCE).data
-                assert text == str(number) * 5000
+                assert text == str(number) * 70_000
                 numbers.append(number)
             return len(numbers), subscription.dropped
 
     reader = Child(read).when_ready()
     for number in [*range(500), -1]:
-        assert store.publish("t", (number, str(number) * 5000)) == 1
+        assert store.publish("t", (number, str(number) * 70_000)) == 1
     assert sum(reader.value()) == 501
     wait_until(lambda: store.publish("t", 0) == 0)
     assert left(store) == NOTHING
@@ -357,7 +410,7 @@ def test_short_subscriptions_leave_nothing(store):
     for number in range(500):
         mine = open_store(f"lmdb://{store.backend.directory}") if number % 50 == 0 else store
         subscription = mine.subscribe(f"t{number % 7}", "large*", maxsize=number + 1)
-        store.publish("large", b"x" * 10_000)
+        store.publish("large", b"x" * 100_000)
         if number % 2:
             subscription.close()
         del subscription
@@ -437,7 +490,7 @@ def test_closed_stores_leave_no_descriptors(url):
     def use() -> None:
         store = open_store(url)
         subscription = store.subscribe("t")
-        store.publish("t", b"x" * 20_000)
+        store.publish("t", b"x" * 100_000)
         subscription.get(PATIENCE)
         store.close()
 

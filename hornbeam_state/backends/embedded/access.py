@@ -133,7 +133,7 @@ class Access:
         except lmdb.Error as error:
             raise self._translated(error) from error
 
-    def _view(self, body: Callable[..., T], *args: Any) -> T:
+    def view(self, body: Callable[..., T], *args: Any) -> T:
         """Run a function in a read transaction."""
         try:
             txn = self._begin(self._db)

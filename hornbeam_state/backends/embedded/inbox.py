@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from hornbeam_state.backends.embedded import mailboxes
 from hornbeam_state.errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hornbeam_state.backends.embedded.mailboxes import Member
     from hornbeam_state.backends.embedded.wakeups import WakeupSocket
+
+T = TypeVar("T")
 
 _MANY: Final = 200
 _MUCH: Final = 1024 * 1024
@@ -20,12 +24,8 @@ _MUCH: Final = 1024 * 1024
 class Mail(Protocol):
     """What an inbox needs of the store."""
 
-    def get(self, mailbox: bytes, number: int) -> bytes | None:
-        """Return the message of that number, or None."""
-        ...
-
-    def look(self, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]:
-        """Return what there is from a number on; see `mailboxes.look`."""
+    def view(self, body: Callable[..., T], *args: Any) -> T:
+        """Run a function in a read transaction."""
         ...
 
     def read_file(self, digest: bytes, size: int) -> bytes | None:
@@ -94,7 +94,7 @@ class EmbeddedInbox:
             while not self.closed:
                 row = None
                 if self._next < self._end:
-                    row = self._mail.get(self._member.mailbox, self._next)
+                    row = self._mail.view(mailboxes.get, self._member.mailbox, self._next)
                 elif not self._socket.silence():
                     break  # whatever came since the last look has not been announced yet
                 if row is None and (row := self._look()) is None:
@@ -126,7 +126,9 @@ class EmbeddedInbox:
     def _look(self) -> bytes | None:
         """See what there is, and return the first."""
         try:
-            number, self._end, row = self._mail.look(self._member.mailbox, self._next)
+            number, self._end, row = self._mail.view(
+                mailboxes.look, self._member.mailbox, self._next
+            )
         except BaseException:
             self._socket.wake()  # what was announced is still to be looked for
             raise
@@ -155,7 +157,8 @@ class EmbeddedInbox:
 
     def _look_for_dropped(self) -> None:
         with contextlib.suppress(StoreError):
-            self._skip_to(self._mail.look(self._member.mailbox, self._next)[0])
+            looked = self._mail.view(mailboxes.look, self._member.mailbox, self._next)
+            self._skip_to(looked[0])
 
     def _skip_to(self, number: int) -> None:
         if number > self._next:

@@ -57,6 +57,7 @@ class LmdbFiles:
         self._snapshot_of = 0
         self._messages: LmdbFile | None = None
         self._opening_messages = threading.Lock()
+        self._closed = False
         self._opened: list[LmdbFile] = []
         self._presence = Presence(directory)
         try:
@@ -100,6 +101,8 @@ class LmdbFiles:
 
     def _open_messages(self) -> LmdbFile:
         with self._opening_messages:
+            if self._closed:  # by another thread: the next use opens everything anew
+                raise StoreUnavailable(f"the store in {self.directory} was closed meanwhile")
             if self._messages is None:
                 self._messages = LmdbFile(
                     self.directory / "messages.lmdb",
@@ -128,6 +131,8 @@ class LmdbFiles:
 
     def close(self) -> None:
         """Close the files."""
+        with self._opening_messages:
+            self._closed = True
         for file in self._opened:
             file.close()
         self._presence.end()

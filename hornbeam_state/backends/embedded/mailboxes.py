@@ -24,6 +24,7 @@ DATABASES: Final = ("messages", "members")
 KEY_SIZE: Final = 16
 _NUMBER: Final = struct.Struct(">Q")
 _STATE: Final = struct.Struct("<QQQ")  # the oldest number, the end of the numbers, the weight
+_EMPTY: Final = _STATE.pack(0, 0, 0)
 _STATE_NUMBER: Final = b"\xff" * 8  # beside the newest message: mostly on the same page
 _HEADER: Final = struct.Struct("<BH")  # flags, bytes of the topic
 _IN_FILE: Final = 1
@@ -67,8 +68,9 @@ def read_reference(payload: bytes) -> tuple[bytes, int]:
 
 def weight_of(row: bytes) -> int:
     """Return how many bytes a message counts for."""
-    in_file = read_reference(split_row(row)[1])[1] if row[0] & _IN_FILE else 0
-    return len(row) + _ROW_WEIGHT + in_file
+    if row[0] & _IN_FILE:
+        return len(row) + _ROW_WEIGHT + read_reference(split_row(row)[1])[1]
+    return len(row) + _ROW_WEIGHT
 
 
 # All that follows takes a transaction that was begun on the database of messages.
@@ -98,11 +100,12 @@ def append(txn: Any, file: LmdbFile, mailbox: bytes, row: bytes, maxsize: int) -
     txn.put(mailbox + _NUMBER.pack(end), row)
     end += 1
     weight += weight_of(row)
-    for _ in range(_MOST_AT_ONCE):
-        if end - oldest <= maxsize and (weight <= INBOX_BYTES or end - oldest == 1):
-            break
+    stop = oldest + _MOST_AT_ONCE
+    while end - oldest > maxsize or (weight > INBOX_BYTES and end - oldest > 1):
         weight -= _pop(txn, file, mailbox, oldest)
         oldest += 1
+        if oldest == stop:
+            break
     _save(txn, mailbox, oldest, end, weight)
 
 
@@ -119,9 +122,9 @@ def look(txn: Any, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]
         The number of the first message, or of the next to come; the end of the numbers; and the
         first message, or None.
     """
-    oldest, end, _ = _load(txn, mailbox)
-    first = max(number, oldest)
-    return first, end, txn.get(mailbox + _NUMBER.pack(first))
+    oldest, end, _ = _STATE.unpack(txn.get(mailbox + _STATE_NUMBER) or _EMPTY)
+    number = max(number, oldest)
+    return number, end, txn.get(mailbox + _NUMBER.pack(number))
 
 
 def release(txn: Any, file: LmdbFile, member: Member, number: int, most: int) -> bool:
@@ -184,8 +187,7 @@ def _pop(txn: Any, file: LmdbFile, mailbox: bytes, number: int) -> int:
 
 
 def _load(txn: Any, mailbox: bytes) -> tuple[int, int, int]:
-    stored = txn.get(mailbox + _STATE_NUMBER)
-    return (0, 0, 0) if stored is None else _STATE.unpack(stored)
+    return _STATE.unpack(txn.get(mailbox + _STATE_NUMBER) or _EMPTY)
 
 
 def _save(txn: Any, mailbox: bytes, oldest: int, end: int, weight: int) -> None:

@@ -20,7 +20,7 @@ from hornbeam_state.backends.embedded.access import (
     Busy,
     Owner,
 )
-from hornbeam_state.backends.embedded.blobs import Blob
+from hornbeam_state.backends.embedded.blobs import LARGEST_INLINE, Blob
 from hornbeam_state.backends.embedded.inbox import EmbeddedInbox
 from hornbeam_state.backends.embedded.subscribers import Audience, Table
 from hornbeam_state.backends.embedded.wakeups import SocketFolder, Waker, WakeupSocket
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.base import Topics
     from hornbeam_state.backends.embedded.mailboxes import Member
 
-_LARGEST_INLINE: Final = 8 * 1024
 _RELEASED_AT_ONCE: Final = 256
 _ORPHANED_AFTER: Final = 60.0
 
@@ -58,16 +57,16 @@ class Messages(Access):
 
     async def apublish(self, topic: bytes, payload: bytes) -> int:
         """Awaitable twin of `publish`; in a thread where it opens or writes a file or waits."""
-        if self._waker is not None and len(payload) <= _LARGEST_INLINE:
+        if self._waker is not None and len(payload) <= LARGEST_INLINE:
             with contextlib.suppress(Busy):
                 return self._publish(topic, payload, LOOP_PATIENCE)
         return await asyncio.to_thread(self.publish, topic, payload)
 
     def _publish(self, topic: bytes, payload: bytes, patience: float) -> int:
         waker = self._waker or self._open_waker()
-        if not (self._table.matching(topic) or self._view(self._current_table).matching(topic)):
+        if not (self._table.matching(topic) or self.view(self._current_table).matching(topic)):
             return 0
-        if len(payload) <= _LARGEST_INLINE:
+        if len(payload) <= LARGEST_INLINE:
             reached = self._guarded(patience, self._deliver, topic, payload)
         else:
             blobs = self._bind()[1].blobs
@@ -105,6 +104,8 @@ class Messages(Access):
         table, file = self._table, self._bind()[1]
         if subscribers.version(txn, file) != table.version:
             table = self._table = subscribers.load(txn, file)
+            if self._waker is not None:
+                self._waker.forget_others(table.sockets)
         return table
 
     # Subscribing.
@@ -122,9 +123,8 @@ class Messages(Access):
 
     def _subscribe(self, topics: Topics, maxsize: int, patience: float) -> EmbeddedInbox:
         key = subscribers.make_key()
-        socket = WakeupSocket(
-            (self._waker or self._open_waker()).folder, key.hex()
-        )  # else it would look dead
+        folder = (self._waker or self._open_waker()).folder
+        socket = WakeupSocket(folder, key.hex())  # before anyone could take it for dead
         member, number = self._guarded(patience, self._add, key, topics, maxsize)
         inbox = EmbeddedInbox(self, member, number, socket)
         self._inboxes.add(inbox)
@@ -145,14 +145,6 @@ class Messages(Access):
         return len(there)
 
     # What inboxes ask for.
-
-    def get(self, mailbox: bytes, number: int) -> bytes | None:
-        """Return the message of that number, or None."""
-        return self._view(mailboxes.get, mailbox, number)
-
-    def look(self, mailbox: bytes, number: int) -> tuple[int, int, bytes | None]:
-        """Return what there is from a number on; see `mailboxes.look`."""
-        return self._view(mailboxes.look, mailbox, number)
 
     def read_file(self, digest: bytes, size: int) -> bytes | None:
         """Return a payload that lies in a file, or None if that is gone."""
@@ -177,17 +169,16 @@ class Messages(Access):
         """
         if self._owner.opened().has_messages():
             waker = self._waker or self._open_waker()
-            known = self._view(self._current_table).all
-            self._wake(waker, known)
-            old = waker.folder.names(time.time() - _ORPHANED_AFTER)
-            waker.wake(set(old).difference(*(one.sockets for one in known)))
+            table = self.view(self._current_table)
+            self._wake(waker, table.all)
+            waker.wake(waker.folder.names(time.time() - _ORPHANED_AFTER) - table.sockets)
         return False
 
     def remove_leftovers(self) -> bool:
         """Remove mailboxes of nobody, a step at a time; return whether there are more."""
         if not self._owner.opened().has_messages():
             return False
-        if not self._view(mailboxes.without_members, self._bind()[1]):
+        if not self.view(mailboxes.without_members, self._bind()[1]):
             return False
         self._guarded(UPKEEP_PATIENCE, self._remove_leftover)
         return True

@@ -44,6 +44,11 @@ class Audience(NamedTuple):
 class Table:
     """The subscriptions of one moment, by topic. Never changes.
 
+    Attributes:
+        version: That of the rows it is made of.
+        all: Everyone.
+        sockets: The names of their sockets.
+
     Args:
         version: That of the rows it is made of.
         rows: What is asked for, and by whom.
@@ -61,6 +66,7 @@ class Table:
             for name in topics.names:
                 self._by_name[name].append(audience)
             self._by_prefix.extend((prefix, audience) for prefix in topics.prefixes)
+        self.sockets = {socket for audience in self.all for socket in audience.sockets}
 
     def matching(self, topic: bytes) -> list[Audience]:
         """Return those who get a message on a topic."""
