@@ -270,9 +270,9 @@ def _plain_zone(zone: tzinfo | None) -> Any:
     if zone is None:
         return None
     if type(zone) is ZoneInfo and zone.key is not None:
-        return zone.key
+        return str.__str__(zone.key)  # which may be of a type derived from str
     if type(zone) is timezone:
-        offset, name = zone.utcoffset(None), zone.tzname(None)
+        offset, name = zone.utcoffset(None), str.__str__(zone.tzname(None))
         named = name != timezone(offset).tzname(None)
         return (offset.days, offset.seconds, offset.microseconds, *([name] if named else []))
     raise CodecError(
@@ -368,7 +368,11 @@ def _load_zone(zone: Any) -> tzinfo | None:
         return None
     if type(zone) is list:
         days, seconds, microseconds, *name = zone
+        if name and type(name[0]) is not str:
+            raise CodecError("a time zone's name is not a text")
         return timezone(timedelta(days, seconds, microseconds), *name)
+    if type(zone) is not str:
+        raise CodecError("a time zone is not named by a text")
     try:
         # ZoneInfo looks for the key in the zone files of the system and of tzdata, nowhere else.
         return ZoneInfo(zone)

@@ -59,10 +59,12 @@ def fill_up(note, url: str, gate: Gate, seed: int) -> dict:
     outcomes = Counter()
     store = open_store(url, timeout=5)
     cache = store.space("cache")
+    stored: list[str] = []
     full = 0
     for number in range(100_000):
         try:
             store.set(f"fill/{seed}/{number}", bytes(20_000))
+            stored.append(f"fill/{seed}/{number}")
             cache.set(f"fill/{seed}/{number}", bytes(20_000))
             outcomes["set"] += 1
         except StoreFull:
@@ -75,11 +77,11 @@ def fill_up(note, url: str, gate: Gate, seed: int) -> dict:
             outcomes["written when full"] += 1
         except StoreFull:
             outcomes["full"] += 1
-    assert store.get(f"fill/{seed}/0") == bytes(20_000)
+    assert all(store.get(key) == bytes(20_000) for key in stored[:10])
     note("full")
     gate.wait()
-    for number in range(outcomes["set"]):
-        store.delete(f"fill/{seed}/{number}")
+    for key in stored:
+        assert store.delete(key)
     deadline = time.monotonic() + 20
     while True:
         try:

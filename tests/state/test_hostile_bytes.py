@@ -539,3 +539,13 @@ def test_no_class_that_is_loaded_does_anything_when_it_is_named():
     assert found["classes"] > 1000
     assert found["built"] > 50
     assert found["events"] == ["is watching ()"]
+
+
+def test_a_name_of_a_time_zone_is_a_text():
+    """It may be of a type derived from `str` where it is written, and is none where it is read."""
+    zone = dt.timezone(dt.timedelta(hours=1), np.str_("é"))
+    read = decode(encode(dt.time(1, tzinfo=zone)))
+    assert read.tzinfo.tzname(None) == "é"
+    assert type(read.tzinfo.tzname(None)) is str
+    with pytest.raises(CodecError, match="time zone"):
+        decode(bytes.fromhex("8092d50dc3a9d8089601000000009400cd0e1000d50dc3a9"))

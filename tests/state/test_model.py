@@ -322,7 +322,8 @@ class ServerMachine(StoreMachine):
     def __init__(self, space, server) -> None:
         with server.admin() as admin:
             admin.flushdb()
-        config = StoreConfig.from_url(server.url, timeout=10)
+        # From near, one would see the other's writes a moment later than a dict does.
+        config = StoreConfig.from_url(server.url, timeout=10, near_size=0)
         super().__init__(space, lambda: RedisBackend(config), ManualClock())
 
 
