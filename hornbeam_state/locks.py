@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FIRST_PAUSE: Final = 0.0005
 _LONGEST_PAUSE: Final = 0.02
+_LONGEST_TTL: Final = 10**10  # beyond it Redis refuses
 
 
 class Lock:
@@ -47,8 +48,8 @@ class Lock:
     def __init__(
         self, backend: Backend, name: bytes, *, ttl: float = 30.0, timeout: float | None = None
     ) -> None:
-        if not ttl > 0:
-            raise ValueError(f"lock ttl={ttl}: give seconds above 0")
+        if not 0 < ttl <= _LONGEST_TTL:
+            raise ValueError(f"lock ttl={ttl}: give seconds above 0, at most {_LONGEST_TTL:,}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"lock timeout={timeout}: give seconds, 0 or more, or None")
         self._backend = backend

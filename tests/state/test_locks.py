@@ -501,3 +501,10 @@ def open_files(pid: int | str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # the descriptor of this very listing
             files.append(str(descriptor.readlink()))
     return files
+
+
+@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), 1e11])
+def test_a_ttl_that_makes_no_sense_is_refused(ttl):
+    """On every store alike, and before anything is asked of it."""
+    with pytest.raises(ValueError, match="lock ttl"):
+        open_store("memory://").lock("name", ttl=ttl)
