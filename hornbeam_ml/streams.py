@@ -316,7 +316,7 @@ def finish(result: Any) -> Any:
     On a stream's thread the awaitable runs on the event loop of that thread, elsewhere on one
     that is made for it.
     """
-    if not inspect.isawaitable(result):
+    if not hasattr(type(result), "__await__"):
         return result
 
     async def wait() -> Any:

@@ -89,6 +89,8 @@ def split(result: Any, count: int, size: int, *, trees: bool) -> list[Any]:
     Raises:
         ModelError: it is not one result for each row.
     """
+    if type(result) is list and len(result) == size:
+        return result[:count]
     if trees and isinstance(result, Mapping):
         names, columns = (
             list(result),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import copy
 import errno
 import re
@@ -17,6 +18,7 @@ _FILE_ERRORS: Final = frozenset({
     *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, None),
 })  # fmt: skip
+_CANCELLED: Final = (asyncio.CancelledError, concurrent.futures.CancelledError)
 # Of the code, which fails alike for every item.
 _CODE_ERRORS: Final = (ImportError, NameError, NotImplementedError, SyntaxError)
 # Types of libraries that need not be installed: httpx, requests, redis, openai, grpc, torch.
@@ -41,7 +43,7 @@ def is_about_data(error: BaseException) -> bool:
     every further try would meet it again, and take its time. It also counts when the error was
     raised from such a one.
     """
-    if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
+    if not isinstance(error, Exception) or isinstance(error, _CANCELLED):
         return False
     if isinstance(error, (MemoryError, HornbeamError, *_CODE_ERRORS)):
         return False
@@ -62,7 +64,7 @@ def presentable(error: BaseException, name: str) -> BaseException:
     An error that means something to the caller's own thread or task is wrapped: SystemExit would
     end it, CancelledError look like its own cancellation, StopIteration like its own end.
     """
-    unsafe = (StopIteration, StopAsyncIteration, asyncio.CancelledError)
+    unsafe = (StopIteration, StopAsyncIteration, *_CANCELLED)
     if isinstance(error, Exception) and not isinstance(error, unsafe):
         return error
     wrapped = ModelError(f"the model of {name} raised {error!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from hornbeam_ml.errors import ModelError
@@ -61,7 +62,7 @@ class LoadedModel:
             stream.follow_default()
         batch = stack(items, size) if self._stacks else list(items)
         result = self._fn(batch, key=key) if self._takes_key else self._fn(batch)
-        if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        if isinstance(result, GeneratorType | AsyncGeneratorType):
             return Steps(result, count, size, trees=self._stacks)
         return self._split(finish(result), count, size, stream)
 

@@ -45,6 +45,7 @@ class Runner:
     Attributes:
         queue: The waiting calls.
         template: What items have to be like.
+        failed: Whether loading failed, so that another runner may try again.
         loaded: Done when all instances are loaded and warm; its error says why they are not.
     """
 
@@ -56,6 +57,7 @@ class Runner:
             limit=config.queue_limit,
             rows_for=config.rows_for,
         )
+        self.failed = False
         self.loaded: Future[None] = Future()
         self.template = Template(config)
         self._config = config
@@ -76,11 +78,6 @@ class Runner:
         """Whether everything is loaded, and all streams take batches."""
         wanted = len(self._config.devices) * self._config.streams
         return not self._ending and self._set_up == wanted
-
-    @property
-    def failed(self) -> bool:
-        """Whether loading failed, so that another runner may try again."""
-        return self.loaded.done() and self.loaded.exception() is not None
 
     def is_own_stream(self) -> bool:
         """Return whether the caller runs on one of the streams here: it would wait for itself."""
@@ -152,6 +149,7 @@ class Runner:
         )
         failure.__cause__ = error
         self._end(failure)
+        self.failed = True
         self._set_loaded(failure)
 
     def _set_loaded(self, error: BaseException | None) -> None:

@@ -122,6 +122,7 @@ class Serving:
             queue_limit=queue_limit,
             deadline_ms=deadline_ms,
         )
+        self._keys = self._config.keys
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._closed: ServingClosed | None = None
@@ -399,7 +400,7 @@ class Serving:
         return runner, call
 
     def _key(self, key: Hashable) -> Hashable:
-        if key in self._config.keys:
+        if key in self._keys:
             return key
         if not self._config.batch_keys:
             raise ValueError(f"{self._config.label} has no batch_keys, so no key={key!r}")
