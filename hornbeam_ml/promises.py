@@ -12,10 +12,10 @@ class Promise(Future[Any]):
 
     def fail_after_fork(self, error: BaseException) -> None:
         """In a forked child: fail, since the thread that was to answer is not here."""
-        if self.done():
-            return
         # A thread of the parent may have held the lock. Callbacks belong to threads and event
         # loops of the parent.
         self._condition = threading.Condition()
+        if self.done():
+            return
         self._done_callbacks.clear()  # type: ignore[attr-defined]  # not in its stubs
         self.set_exception(error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hornbeam_ml.devices import check_device
 from hornbeam_ml.serving.batch import bucket_for, signature
+from hornbeam_ml.streams import finish
 from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,6 +80,22 @@ class ServingConfig:
         """Return how many rows a batch of `count` items is padded to."""
         return bucket_for(count, self.buckets)
 
+    def prepare(self, item: Any) -> Any:
+        """Return what the model gets for an item of a caller."""
+        return _applied(self.preprocess, item)
+
+    async def aprepare(self, item: Any) -> Any:
+        """Awaitable twin of `prepare`."""
+        return await _aapplied(self.preprocess, item)
+
+    def finish(self, result: Any) -> Any:
+        """Return what a caller gets for a result of the model."""
+        return _applied(self.postprocess, result)
+
+    async def afinish(self, result: Any) -> Any:
+        """Awaitable twin of `finish`."""
+        return await _aapplied(self.postprocess, result)
+
     def _check_callables(self) -> None:
         if not callable(self.load):
             raise ConfigError("load is a function that returns the batch function")
@@ -122,6 +140,17 @@ class ServingConfig:
             )
         for device in self.devices:
             check_device(device)
+
+
+def _applied(change: Callable[[Any], Any] | None, value: Any) -> Any:
+    return value if change is None else finish(change(value))
+
+
+async def _aapplied(change: Callable[[Any], Any] | None, value: Any) -> Any:
+    if change is None:
+        return value
+    changed = change(value)
+    return await changed if inspect.isawaitable(changed) else changed
 
 
 def _is_time(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import weakref
 from math import inf
@@ -27,11 +26,11 @@ from hornbeam_ml.serving.runner import Runner
 from hornbeam_ml.serving.stats import ServingStats, Tally
 from hornbeam_ml.serving.timekeeper import watch
 from hornbeam_ml.serving.waiting import AsyncChunks, Chunks, await_for, wait_for
-from hornbeam_ml.streams import current_stream, finish
+from hornbeam_ml.streams import current_stream
 from hornbeam_state.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
     from concurrent.futures import Future
 
     from hornbeam_ml.serving.calls import Waker
@@ -193,7 +192,7 @@ class Serving:
         thread, as there is no caller that waits.
         """
         promise = Promise()
-        waker = PromiseWaker(promise, self._finish)
+        waker = PromiseWaker(promise, self._config.finish)
         runner, call = self._admit(Call, self._prepared([item]), key, timeout_ms, waker)
         promise.add_done_callback(_abandon_if_cancelled(runner, call))
         if call.deadline != inf:
@@ -218,7 +217,7 @@ class Serving:
         """
         waker = ThreadWaker()
         runner, call = self._admit(StreamingCall, self._prepared([item]), key, timeout_ms, waker)
-        return Chunks(runner.queue, call, waker, self._finish)
+        return Chunks(runner.queue, call, waker, self._config.finish)
 
     def astream(
         self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None
@@ -229,7 +228,7 @@ class Serving:
         """
         waker = TaskWaker()
         runner, call = self._admit(StreamingCall, self._prepared([item]), key, timeout_ms, waker)
-        return AsyncChunks(runner.queue, call, waker, self._afinish)
+        return AsyncChunks(runner.queue, call, waker, self._config.afinish)
 
     def run_inline(self, items: Iterable[Any], *, key: Hashable = None) -> list[Any]:
         """Return the results of some items, in batches of their own, run here and now; blocks.
@@ -408,36 +407,24 @@ class Serving:
         raise ValueError(f"{self._config.label} has no key {key!r}; it has: {known}")
 
     def _prepared(self, items: Iterable[Any]) -> list[Any]:
-        prepare = self._config.preprocess
-        return list(items) if prepare is None else [finish(prepare(item)) for item in items]
+        if self._config.preprocess is None:
+            return list(items)
+        return [self._config.prepare(item) for item in items]
 
     async def _aprepared(self, items: Iterable[Any]) -> list[Any]:
-        prepare = self._config.preprocess
-        if prepare is None:
+        if self._config.preprocess is None:
             return list(items)
-        return [await _finish_here(prepare(item)) for item in items]
-
-    def _finish(self, result: Any) -> Any:
-        change = self._config.postprocess
-        return result if change is None else finish(change(result))
-
-    async def _afinish(self, result: Any) -> Any:
-        change = self._config.postprocess
-        return result if change is None else await _finish_here(change(result))
+        return [await self._config.aprepare(item) for item in items]
 
     def _finished(self, results: list[Any]) -> list[Any]:
         if self._config.postprocess is None:
             return results
-        return [self._finish(result) for result in results]
+        return [self._config.finish(result) for result in results]
 
     async def _afinished(self, results: list[Any]) -> list[Any]:
         if self._config.postprocess is None:
             return results
-        return [await self._afinish(result) for result in results]
-
-
-async def _finish_here(result: Any | Awaitable[Any]) -> Any:
-    return await result if inspect.isawaitable(result) else result
+        return [await self._config.afinish(result) for result in results]
 
 
 def _abandon_if_cancelled(runner: Runner, call: Call) -> Callable[[Future[Any]], None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -123,3 +125,22 @@ class TaskCallers:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def in_child(function):
+    """Run a function in a forked child; return what it printed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(LIMIT_S))  # a child that hangs ends
+        try:
+            os.write(writing, str(function()).encode())
+        except BaseException as error:
+            os.write(writing, f"raised {error!r}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as output:
+        printed = output.read()
+    os.waitpid(child, 0)
+    return printed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
 
 import pytest
-from serving_helpers import LIMIT_S, until
+from serving_helpers import LIMIT_S, in_child, until
 
 from hornbeam_ml import (
     Overloaded,
@@ -371,24 +370,6 @@ def test_a_fault_in_the_thread_finishes_everybody(monkeypatch, stream, gate):
 def test_settings_that_make_no_sense_are_refused(options):
     with pytest.raises(ConfigError):
         Stream(**options)
-
-
-def in_child(function):
-    """Run a function in a forked child; return what it printed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(writing, str(function()).encode())
-        except BaseException as error:
-            os.write(writing, f"raised {error!r}".encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as output:
-        printed = output.read()
-    os.waitpid(child, 0)
-    return printed
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
