@@ -161,28 +161,37 @@ class BatchQueue:
             The entries; none: the queue is closed, and nothing waits any more.
         """
         while True:
-            with self._lock:
-                now = self.clock()
-                if taker.batch:
-                    self.tally.busy_s += now - taker.since
-                    taker.batch = ()
-                elif taker in self._idle:
-                    self._idle.remove(taker)
-                batch, late = self._cut(now)
-                taker.batch, taker.since = batch, now
-                over = self._is_over()
-                if batch:
-                    other = self._taker_to_wake(now)
-                elif not over:
-                    taker.until = self._policy.ready_at()
-                    self._idle.append(taker)
-            wake(late)
-            if batch and other:
-                other.wake()
+            batch, over = self.look(taker)
             if batch or over:
                 return batch
             if not self._dropped:  # `drop` may have looked for idle ones before this was one
-                taker.wait(taker.until - now)
+                taker.wait(taker.until - self.clock())
+
+    def look(self, taker: Taker) -> tuple[Sequence[Entry], bool]:
+        """Take a batch if one is ready; else note that the taker is idle.
+
+        Returns:
+            The entries, and whether there will never be any again.
+        """
+        with self._lock:
+            now = self.clock()
+            if taker.batch:
+                self.tally.busy_s += now - taker.since
+                taker.batch = ()
+            elif taker in self._idle:
+                self._idle.remove(taker)
+            batch, late = self._cut(now)
+            taker.batch, taker.since = batch, now
+            other, over = None, self._is_over()
+            if batch:
+                other = self._taker_to_wake(now)
+            elif not over:
+                taker.until = self._policy.ready_at()
+                self._idle.append(taker)
+        wake(late)
+        if other:
+            other.wake()
+        return batch, over
 
     def settle(self, entries: Sequence[Entry], results: Sequence[Any]) -> None:
         """Hand out the results of some entries."""

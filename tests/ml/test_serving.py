@@ -144,7 +144,10 @@ def test_keys_have_batches_and_timers_of_their_own(callers):
 
 
 def test_a_key_is_needed_where_there_are_keys_and_refused_where_there_are_none(callers, model):
-    with Serving(lambda: model, batch_keys=["a"]) as serving, pytest.raises(ValueError, match="'a'"):
+    with (
+        Serving(lambda: model, batch_keys=["a"]) as serving,
+        pytest.raises(ValueError, match="'a'"),
+    ):
         callers.run(serving, 1).result(LIMIT_S)
     with Serving(lambda: model) as serving, pytest.raises(ValueError, match="no batch_keys"):
         callers.run(serving, 1, key="a").result(LIMIT_S)
