@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from concurrent.futures import Future, InvalidStateError, wait
 from contextvars import Context
@@ -138,10 +139,10 @@ class Runner:
         for seat in [first, *others]:
             seat.model = model
             self._submit(seat, self._serve, seat)
-        if len(self._models) < len(self._config.devices):
-            self._load_next()
-        else:
+        if len(self._models) == len(self._config.devices):
             self._set_loaded(None)
+        elif not self._ending:
+            self._load_next()
 
     def _fail_load(self, error: BaseException) -> None:
         failure = ModelError(
@@ -258,11 +259,12 @@ def _forget_after_fork() -> None:
 
 def _close_at_exit() -> None:
     """Let what runs finish: native code may crash an interpreter that shuts down around it."""
-    runners = list(_runners)
+    runners, error = list(_runners), ServingClosed("the process exits")
     for runner in runners:
-        runner.close(ServingClosed("the process exits"), drain=False, timeout=0)
+        runner.queue.close(error, drain=False)
+    deadline = time.monotonic() + _EXIT_WAIT_S
     for runner in runners:
-        runner.close(ServingClosed("the process exits"), drain=False, timeout=_EXIT_WAIT_S)
+        runner.close(error, drain=False, timeout=max(0.0, deadline - time.monotonic()))
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -237,7 +237,8 @@ class Serving:
         caller's items are in these batches, and they wait for no others.
         """
         prepared = self._prepared(items)
-        runner = self.start()
+        runner = self._running()
+        self.start()
         results: list[Any] = []
         for part in chunks_of(prepared, self._config.batch_size):
             for item in part:
@@ -259,7 +260,7 @@ class Serving:
 
     # Life.
 
-    def start(self, timeout: float | None = None) -> Runner:
+    def start(self, timeout: float | None = None) -> None:
         """Load and warm up, unless that is done, and wait until it is.
 
         Args:
@@ -276,7 +277,6 @@ class Serving:
             if runner.loaded.done():
                 raise
             raise DeadlineExceeded(f"{self._config.label} still loads") from error
-        return runner
 
     async def astart(self, timeout: float | None = None) -> None:
         """Awaitable twin of `start`."""

@@ -131,7 +131,7 @@ def test_keys_have_batches_and_timers_of_their_own(callers):
     seen = []
     options = {"batch_keys": ["double", "half"], "batch_size": 3, "batch_timeout_ms": 60_000}
     with Serving(lambda: double_or_half, **options) as serving:
-        with pytest.raises(ValueError, match="'triple'.*'double', 'half'"):
+        with pytest.raises(ValueError, match=r"'triple'.*'double', 'half'"):
             callers.run(serving, 1, key="triple").result(LIMIT_S)
         waiting = callers.run_batch(serving, [1, 2], key="double")
         queued(serving, 2)
@@ -321,7 +321,7 @@ def test_a_wrong_shape_is_refused_to_that_caller_alone(callers, held):
         held.started(2)
         with pytest.raises(ValueError, match=r"shape \(3,\), expected .*shape \(2,\)"):
             callers.run(serving, np.ones(3)).result(LIMIT_S)
-        with pytest.raises(ValueError, match="float32|<f4"):
+        with pytest.raises(ValueError, match="<f4"):
             callers.run(serving, np.ones(2, np.float32)).result(LIMIT_S)
         with pytest.raises(ValueError, match="found str"):
             callers.run(serving, "text").result(LIMIT_S)
@@ -693,12 +693,12 @@ async def test_predict_has_a_twin(model):
 
 
 def test_a_name_that_is_taken_goes_to_the_new_serving():
-    with Serving(lambda: lambda batch: ["old"] * len(batch), name="same") as old:
-        with Serving(lambda: lambda batch: ["new"] * len(batch), name="same"):
-            assert predict("same", 1) == "new"
-            assert old.run(1) == "old"
-            old.close()
-            assert predict("same", 1) == "new"
+    old = Serving(lambda: lambda batch: ["old"] * len(batch), name="same")
+    with Serving(lambda: lambda batch: ["new"] * len(batch), name="same"):
+        assert predict("same", 1) == "new"
+        assert old.run(1) == "old"
+        old.close()
+        assert predict("same", 1) == "new"
 
 
 def test_the_figures(callers, held):
@@ -748,3 +748,26 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 def test_something_to_load_is_needed():
     with pytest.raises(ConfigError, match="load"):
         Serving("model")
+
+
+@pytest.mark.slow
+def test_compiling_is_done_while_it_loads():
+    """One graph for each bucket; no call pays for it."""
+    torch = pytest.importorskip("torch")
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+    def load():
+        return torch.inference_mode()(model.forward)
+
+    options = {"collate": "stack", "batch_size": 4, "buckets": (1, 4), "streams": 2}
+    with Serving(load, compile="torch", warmup=torch.zeros(4), **options) as serving:
+        serving.start()
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled == 2
+        rows = torch.randn(7, 4)
+        results = torch.stack(serving.run_batch(list(rows)))
+        assert torch.allclose(results, model(rows), atol=1e-6)
+        assert counters["stats"]["unique_graphs"] == compiled

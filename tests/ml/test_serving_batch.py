@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from hornbeam_ml import DeadlineExceeded, ModelError
 from hornbeam_ml.serving.batch import bucket_for, chunks_of, difference, signature, split, stack
 from hornbeam_ml.serving.failures import copies, is_about_data
 
-Pair = namedtuple("Pair", "left right")
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
 
 
 def same(left, right):

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
 
@@ -44,10 +45,13 @@ class Model:
         self.succeeded = []
         self.with_lost = set()  # items that were in a batch whose backend was lost
         self.keys = {}
+        self.runs = Counter()
         self.sizes = []
+        self.meanwhile = lambda: None  # what happens elsewhere while a run fails
 
     def run(self, items, key):
         self.sizes.append(len(items))
+        self.runs.update(number for number, _ in items)
         for number, kind in items:
             self.keys.setdefault(number, set()).add(key)
             if kind == "lost":
@@ -55,6 +59,7 @@ class Model:
                 raise MemoryError
         for number, kind in items:
             if kind == "bad":
+                self.meanwhile()
                 raise BadItem(number)
         self.succeeded += [number for number, _ in items]
         return [("receipt", number, key) for number, _ in items]
@@ -99,8 +104,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.free = [self.queue.add_taker() for _ in range(takers)]
         self.busy = []
         self.model = Model()
+        self.model.meanwhile = self.leave_meanwhile
+        self.going = []  # calls that are abandoned while a run fails
         self.numbers = itertools.count()
         self.calls = {}  # call -> its items
+        self.gone_meanwhile = {}  # call -> how often items had run when it was abandoned
         self.left = {}  # call -> its items that must never run now
         self.closed = False
 
@@ -132,7 +140,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert room
             self.calls[call] = items
 
-    @rule(seconds=st.floats(0.1, 3))
+    @rule(seconds=st.integers(1, 3))
     def pass_time(self, seconds):
         self.clock.advance(seconds)
 
@@ -155,19 +163,37 @@ class QueueMachine(RuleBasedStateMachine):
         self.free.append(taker)
 
     @precondition(lambda self: self.calls)
-    @rule(which=st.integers(0, 99), how=st.sampled_from(["abandon", "expire", "cancel"]))
+    @rule(
+        which=st.integers(0, 99),
+        how=st.sampled_from(["abandon", "expire", "cancel", "cancel, not noticed yet", "later"]),
+    )
     def leave(self, which, how):
         call = list(self.calls)[which % len(self.calls)]
-        if how == "cancel" and isinstance(call.waker, PromiseWaker):
+        if how.startswith("cancel") and isinstance(call.waker, PromiseWaker):
             if call.waker.promise.cancel():
-                self.queue.abandon(call)
+                self.note_left(call)
+                if how == "cancel":
+                    self.queue.abandon(call)
+        elif how == "later":
+            self.going.append(call)
         elif how == "abandon":
             self.queue.abandon(call)
         elif how == "expire" and call.deadline <= self.clock():
             self.queue.expire(call)
-        if call.done and call not in self.left:
-            running = {entry for taker in self.busy for entry in taker.batch}
-            taken = {entry.item[0] for entry in running}
+        if call.done:
+            self.note_left(call)
+
+    def leave_meanwhile(self):
+        while self.going:
+            call = self.going.pop()
+            if not call.done:
+                self.queue.abandon(call)
+                self.gone_meanwhile[call] = dict(self.model.runs)
+
+    def note_left(self, call):
+        """Note which items of a call must not run any more."""
+        if call not in self.left:
+            taken = {entry.item[0] for taker in self.busy for entry in taker.batch}
             ran = set(self.model.keys)
             self.left[call] = {n for n, _ in self.calls[call]} - taken - ran
 
@@ -181,7 +207,13 @@ class QueueMachine(RuleBasedStateMachine):
     def bounded(self):
         if hasattr(self, "queue"):
             assert len(self.queue._policy) <= self.limit
+            if self.closed:
+                assert self.queue._policy.ready_at() in (inf, *self.times())
             assert not self.queue._feed or len(self.queue._policy) == self.limit
+
+    def times(self):
+        """When the calls arrived: one that drains waits for no timer."""
+        return {call.arrived for call in self.calls}
 
     @invariant()
     def exact(self):
@@ -191,6 +223,9 @@ class QueueMachine(RuleBasedStateMachine):
         for call, items in self.calls.items():
             if call.done:
                 self.check(call, items)
+        for call, runs in self.gone_meanwhile.items():
+            for number, _ in self.calls[call]:
+                assert self.model.runs[number] == runs.get(number, 0), "it was run once more"
         for numbers in self.left.values():
             assert not numbers.intersection(self.model.keys), "something cancelled has run"
 
@@ -199,7 +234,7 @@ class QueueMachine(RuleBasedStateMachine):
         if isinstance(call.waker, PromiseWaker):
             assert call.waker.promise.done()
         if error is None and call.left:
-            assert call in self.left or call.waker.promise.cancelled()
+            assert call in self.left or call in self.gone_meanwhile
         elif error is None:
             (key,) = self.model.keys[items[0][0]]
             assert call.results == [("receipt", number, key) for number, _ in items]

@@ -168,8 +168,7 @@ def test_an_error_in_the_middle_comes_after_the_chunks_before_it(callers):
     def listen(serving):
         found = []
         with pytest.raises(ValueError, match="in the middle"):
-            for chunk in serving.stream(1):
-                found.append(chunk)
+            found.extend(serving.stream(1))
         return found
 
     with Serving(lambda: model) as serving:

@@ -132,9 +132,10 @@ def test_the_current_stream_nests_and_comes_back(stream):
     assert current_stream() is None
     with stream:
         assert current_stream() is stream
-        with pytest.raises(ValueError, match="inside"), other:
+        with pytest.raises(ZeroDivisionError), other:
+            with_stream(other, lambda: 1 / 0)
+        with other:
             assert current_stream() is other
-            raise ValueError("inside")
         assert current_stream() is stream
     assert current_stream() is None
     other.close()
