@@ -22,6 +22,7 @@ class LoadedModel:
     def __init__(self, fn: Callable[..., Any], config: ServingConfig) -> None:
         if not callable(fn):
             raise ModelError(f"load of {config.label} returned {type(fn).__name__}, no function")
+        self._config = config
         self._takes_key = _takes(fn, "key", needed=not config.batch_keys)
         self._stacks = config.collate == "stack"
         self._rows_for = config.rows_for
@@ -29,25 +30,24 @@ class LoadedModel:
 
     @classmethod
     def load(cls, config: ServingConfig, device: str) -> LoadedModel:
-        """Load and warm up; runs on a stream's thread of that device.
+        """Load; runs on a stream's thread of that device.
 
         A `load` whose signature takes `device` is told; others find it as
         ``current_stream().device``.
         """
         arguments = {"device": device} if _takes(config.load, "device", needed=False) else {}
-        model = cls(finish(config.load(**arguments)), config)
-        if config.warmup is not None:
-            for size in config.sizes:
-                for key in config.keys:
-                    model.warm_up([config.warmup] * size, key)
-        return model
+        return cls(finish(config.load(**arguments)), config)
 
-    def warm_up(self, items: Sequence[Any], key: Hashable) -> None:
-        """Run some items, to the first step where the model is a generator."""
-        outcome = self.run(items, key)
-        if isinstance(outcome, Steps):
-            next(outcome, None)
-            outcome.close()
+    def warm_up(self) -> None:
+        """Run the example through every bucket and key; a generator to its first step."""
+        if self._config.warmup is None:
+            return
+        for size in self._config.sizes:
+            for key in self._config.keys:
+                outcome = self.run([self._config.warmup] * size, key)
+                if isinstance(outcome, Steps):
+                    next(outcome, None)
+                    outcome.close()
 
     def run(self, items: Sequence[Any], key: Hashable) -> list[Any] | Steps:
         """Return a result for each item, or the steps of a model that streams; blocks.

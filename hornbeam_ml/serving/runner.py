@@ -130,6 +130,8 @@ class Runner:
         device = first.stream.device
         try:
             model = LoadedModel.load(self._config, device)
+            self._limit_threads(first)  # what torch compiles for one number is no use for another
+            model.warm_up()
         except BaseException as error:  # noqa: BLE001 - every caller gets it
             first.finished = True
             self._fail_load(error)
@@ -162,6 +164,11 @@ class Runner:
 
     # Streams.
 
+    def _limit_threads(self, seat: _Seat) -> None:
+        """Give the calling thread, of a stream on a CPU, its part of the compute threads."""
+        if self._config.streams > 1 and seat.stream.device == "cpu":
+            threads.limit_this_thread(threads.process_share(self._config.streams))
+
     def _add_seat(self, device: str) -> _Seat:
         name = f"{self._config.name or 'serving'}-{len(self._seats) + 1}"
         seat = _Seat(Stream(device, name=name), self.queue.add_taker())
@@ -176,8 +183,7 @@ class Runner:
 
     def _serve(self, seat: _Seat) -> None:
         """Run batches until the queue ends; on a stream's thread."""
-        if self._config.streams > 1 and seat.stream.device == "cpu":
-            threads.limit_this_thread(threads.process_share(self._config.streams))
+        self._limit_threads(seat)
         with self._lock:
             self._set_up += 1
             seat.serves = True
