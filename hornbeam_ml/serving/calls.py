@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from concurrent.futures import InvalidStateError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from hornbeam_ml.promises import Promise
     from hornbeam_ml.serving.template import Lane
+
+
+logger = logging.getLogger("hornbeam.serving")
 
 
 class _Done:
@@ -224,7 +228,7 @@ class PromiseWaker:
         return self.promise.set_running_or_notify_cancel()
 
     def wake(self, call: Call) -> None:
-        """Finish the future. It runs its callbacks here, and logs what they raise."""
+        """Finish the future. Its callbacks run here; what they raise is logged."""
         promise = self.promise
         if promise.done() or not (promise.running() or self.start()):
             return
@@ -234,11 +238,16 @@ class PromiseWaker:
                 result = self._change(call.results[0])
             except BaseException as raised:  # noqa: BLE001 - it is the caller's
                 error = raised
-        with contextlib.suppress(InvalidStateError):  # woken twice at the same time
+        try:
             if error is not None:
                 promise.set_exception(error)
             else:
                 promise.set_result(result)
+        except InvalidStateError:
+            pass  # it was woken twice at the same time
+        except BaseException:
+            # The future catches no more than Exception, and this thread has others to wake.
+            logger.exception("a callback of a future raised")
 
 
 def wake(calls: Iterable[Call]) -> None:

@@ -132,12 +132,12 @@ class Runner:
             model = LoadedModel.load(self._config, device)
             self._limit_threads(first)  # what torch compiles for one number is no use for another
             model.warm_up()
+            others = [self._add_seat(device) for _ in range(self._config.streams - 1)]
         except BaseException as error:  # noqa: BLE001 - every caller gets it
             first.finished = True
             self._fail_load(error)
             return
         self._models.append(model)
-        others = [self._add_seat(device) for _ in range(self._config.streams - 1)]
         for seat in [first, *others]:
             seat.model = model
             self._submit(seat, self._serve, seat)
@@ -152,6 +152,10 @@ class Runner:
         )
         failure.__cause__ = error
         self._end(failure)
+        for seat in list(self._seats):
+            if seat.model is None and not seat.finished:  # its stream has nothing to do yet
+                seat.finished = True
+                self._left(seat, None)
         self.failed = True
         self._set_loaded(failure)
 

@@ -54,7 +54,7 @@ class Timekeeper:
             if queue is not None and call is not None:
                 try:
                     queue.expire(call)
-                except BaseException:  # a callback of the future raised: others have deadlines too
+                except BaseException:  # others have deadlines too
                     logger.exception("ending a call at its deadline failed")
             del queue, call, queue_ref, call_ref
 

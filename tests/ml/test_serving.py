@@ -660,6 +660,19 @@ def test_an_error_of_the_work_before_or_after_is_the_callers(callers):
     assert model.batches == []
 
 
+async def test_a_blocking_call_on_the_thread_of_an_event_loop_works():
+    """It blocks, and does not raise for being there; a coroutine model runs elsewhere."""
+
+    async def model(batch):
+        await asyncio.sleep(0)
+        return batch
+
+    with Serving(lambda: model) as serving:
+        assert serving.run(1) == 1
+        assert serving.run_inline([2]) == [2]
+        assert list(map(serving.run, [3, 4])) == [3, 4]
+
+
 def test_no_items_are_no_batch(callers, model):
     with Serving(lambda: model) as serving:
         assert callers.run_batch(serving, []).result(LIMIT_S) == []

@@ -10,7 +10,7 @@ import weakref
 import pytest
 from serving_helpers import LIMIT_S, Held, TaskCallers, ThreadCallers, in_child, until
 
-from hornbeam_ml import ModelError, Serving, ServingClosed, register_model
+from hornbeam_ml import ModelError, Serving, ServingClosed, register_model, streams
 from hornbeam_ml.models import get_model
 from hornbeam_ml.serving import bisection, calls, queue, runner
 from hornbeam_ml.serving.policy import Policy
@@ -112,6 +112,28 @@ def test_a_fault_while_a_stream_is_replaced_leaves_nobody_waiting(callers, monke
         assert not serving.ready
         with pytest.raises(ServingClosed, match="no more threads"):
             callers.run(serving, 1).result(LIMIT_S)
+
+
+def test_a_stream_that_cannot_be_started_fails_the_load_and_leaves_nothing(callers, monkeypatch):
+    """The second of three: no thread of the first is left, and the next try works."""
+    made = []
+
+    def scarce(*args, **kwargs):
+        made.append(1)
+        if len(made) == 3:
+            raise RuntimeError("can't start new thread")
+        return streams.Stream(*args, **kwargs)
+
+    def threads():
+        return [thread for thread in threading.enumerate() if "scarce" in thread.name]
+
+    monkeypatch.setattr(runner, "Stream", scarce)
+    with Serving(lambda: list, streams=3, name="scarce") as serving:
+        assert "can't start new thread" in str(callers.run(serving, 1).exception(LIMIT_S))
+        until(lambda: not threads(), "its threads end")
+        assert callers.run(serving, 1).result(LIMIT_S) == 1
+        until(lambda: serving.ready)
+        assert len(threads()) == 3
 
 
 def test_a_callback_that_ends_its_thread_stops_nobody_else(monkeypatch, held):

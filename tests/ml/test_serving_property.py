@@ -171,7 +171,9 @@ class Scenario:
             call = self.going.pop()
             if not call.done:
                 self.queue.abandon(call)
-                self.gone_meanwhile[call] = dict(self.model.runs)
+                # The batches of other takers have begun; here they run a little later.
+                begun = Counter(entry.item[0] for taker in self.busy for entry in taker.batch)
+                self.gone_meanwhile[call] = self.model.runs + begun
 
     def note_left(self, call):
         """Note which items of a call must not run any more."""
@@ -197,7 +199,7 @@ class Scenario:
                 self.check_outcome(call, items)
         for call, runs in self.gone_meanwhile.items():
             for number, _ in self.calls[call]:
-                assert self.model.runs[number] == runs.get(number, 0), "it was run once more"
+                assert self.model.runs[number] <= runs[number], "it was run once more"
         for numbers in self.left.values():
             assert not numbers.intersection(self.model.keys), "something cancelled has run"
 
