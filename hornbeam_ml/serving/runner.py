@@ -47,7 +47,8 @@ class Runner:
         queue: The waiting calls.
         template: What items have to be like.
         failed: Whether loading failed, so that another runner may try again.
-        loaded: Done when all instances are loaded and warm; its error says why they are not.
+        loaded: Done when all instances are loaded and warm, and their streams take batches; its
+            error says why they do not.
     """
 
     def __init__(self, config: ServingConfig) -> None:
@@ -141,9 +142,7 @@ class Runner:
         for seat in [first, *others]:
             seat.model = model
             self._submit(seat, self._serve, seat)
-        if len(self._models) == len(self._config.devices):
-            self._set_loaded(None)
-        elif not self._ending:
+        if len(self._models) < len(self._config.devices) and not self._ending:
             self._load_next()
 
     def _fail_load(self, error: BaseException) -> None:
@@ -191,6 +190,8 @@ class Runner:
         with self._lock:
             self._set_up += 1
             seat.serves = True
+        if self.ready:
+            self._set_loaded(None)
         while entries := self.queue.take(seat.taker):
             run_batch(entries, seat.model, self.queue, self.template)
             self._faults = 0
@@ -234,6 +235,7 @@ class Runner:
         failure = ServingClosed(f"{self._config.label} stopped after internal errors: {fault!r}")
         failure.__cause__ = fault
         self._end(failure)
+        self._set_loaded(failure)
 
     def _end(self, error: BaseException) -> None:
         """Stop for good: nobody is left waiting, and later calls get the reason."""
