@@ -398,14 +398,14 @@ def test_a_stream_inherited_through_a_fork_is_refused_with_a_clear_message(strea
 def test_a_process_ends_while_streams_are_busy_and_others_are_idle():
     """Those that run get a moment; nobody is waited for without end."""
     code = """
-        import threading, time
+        import os, time
         from hornbeam_ml import Serving, Stream
         idle, busy = Stream(), Stream()
-        busy.submit(time.sleep, 0.2).add_done_callback(lambda future: print("finished"))
+        busy.submit(time.sleep, 0.2).add_done_callback(lambda future: os.write(1, b"finished "))
         serving = Serving(lambda: lambda batch: time.sleep(0.2) or batch)
-        serving.submit(1).add_done_callback(lambda future: print("served"))
+        serving.submit(1).add_done_callback(lambda future: os.write(1, b"served "))
         Serving(lambda: list).run(1)
-        print("end")
+        os.write(1, b"end ")
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
