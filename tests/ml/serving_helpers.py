@@ -144,3 +144,13 @@ def in_child(function):
         printed = output.read()
     os.waitpid(child, 0)
     return printed
+
+
+def answers(futures):
+    """Return results and errors."""
+    return [future.exception(LIMIT_S) or future.result() for future in futures]
+
+
+def queued(serving, count):
+    """Wait until that many items wait."""
+    until(lambda: serving.stats().queued == count, f"{count} queued, not {serving.stats()}")

@@ -8,29 +8,13 @@ import threading
 import weakref
 
 import pytest
-from serving_helpers import LIMIT_S, Held, TaskCallers, ThreadCallers, in_child, until
+from serving_helpers import LIMIT_S, Held, in_child, until
 
 from hornbeam_ml import ModelError, Serving, ServingClosed, register_model, streams
 from hornbeam_ml.models import get_model
 from hornbeam_ml.serving import bisection, calls, queue, runner
 from hornbeam_ml.serving.policy import Policy
 from hornbeam_ml.serving.queue import BatchQueue
-
-
-@pytest.fixture(params=[ThreadCallers, TaskCallers], ids=["threads", "tasks"])
-def callers(request):
-    """Callers of one kind."""
-    made = request.param()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def held():
-    """A model whose batches wait to be released; in the end all are."""
-    made = Held(hold=True)
-    yield made
-    made.open()
 
 
 def once(function, fault, *, after=False):

@@ -8,17 +8,9 @@ import threading
 
 import numpy as np
 import pytest
-from serving_helpers import LIMIT_S, TaskCallers, ThreadCallers, until
+from serving_helpers import LIMIT_S, until
 
 from hornbeam_ml import DONE, DeadlineExceeded, ModelError, Overloaded, Serving, ServingClosed
-
-
-@pytest.fixture(params=[ThreadCallers, TaskCallers], ids=["threads", "tasks"])
-def callers(request):
-    """Callers of one kind."""
-    made = request.param()
-    yield made
-    made.close()
 
 
 class Counting:
