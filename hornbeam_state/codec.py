@@ -1,7 +1,8 @@
 """Values to bytes and back, exactly: same value, same type, same dtype, shape and order.
 
-Never pickle. Reading bytes, whoever wrote them, runs no code and imports no module that they
-name, and takes memory in proportion to their length only.
+Never pickle. Reading bytes, whoever wrote them, imports no module and calls no function that they
+name, and takes memory in proportion to their length only. They can make objects of classes that
+are there already; `hornbeam_state.objects` says what of a class may run then.
 
 The first byte says what follows::
 

@@ -17,15 +17,25 @@ if TYPE_CHECKING:
 
 MIB: Final = 1024 * 1024
 DEFAULT_DIRECTORY: Final = ".hornbeam"
-REDIS_SCHEMES: Final = ("redis", "rediss", "unix")
+SENTINEL_PORT: Final = 26379
+CLUSTER_PORT: Final = 6379
+_LIST_PORTS: Final = {  # of schemes that are followed by a list of hosts
+    "redis+sentinel": SENTINEL_PORT,
+    "rediss+sentinel": SENTINEL_PORT,
+    "redis+cluster": CLUSTER_PORT,
+    "rediss+cluster": CLUSTER_PORT,
+}
+REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *_LIST_PORTS)
 _EXAMPLES: Final = (
     "lmdb:///absolute/directory, redis://host:6379/0, rediss://host:6379/0, "
-    "unix:///path/to/redis.sock, memory://"
+    "unix:///path/to/redis.sock, redis+sentinel://host:26379,host:26379/service/0, "
+    "redis+cluster://host:6379,host:6379, memory://"
 )
 _OPTIONS: Final[dict[str, type]] = {
     "timeout": float,
     "state_size": int,
     "cache_size": int,
+    "near_size": int,
     "durability": str,
     "snapshot_every": float,
 }
@@ -39,9 +49,12 @@ class StoreConfig:
     """A validated description of one store.
 
     Attributes:
-        scheme: ``lmdb``, ``memory``, ``redis``, ``rediss`` or ``unix``.
+        scheme: ``lmdb``, ``memory``, ``redis``, ``rediss``, ``unix``, ``redis+sentinel``,
+            ``rediss+sentinel``, ``redis+cluster`` or ``rediss+cluster``.
         url: The URL without hornbeam's own options. It may hold a password, so it is left out
             of the representation; `safe_url` is for messages.
+        hosts: Names and ports of the sentinels, or of some nodes of the cluster.
+        service: What the sentinels call the primary and its replicas.
         path: Directory of an embedded store.
         fallback: Whether an unwritable `path` may be replaced by a temporary directory. True
             only for the default path, which nobody asked for by name.
@@ -49,6 +62,8 @@ class StoreConfig:
             `StoreUnavailable`.
         state_size: Most bytes the state file of an embedded store may grow to.
         cache_size: Most bytes the cache file of an embedded store may grow to.
+        near_size: Most bytes of what was read from the cache on a server that each process keeps
+            in its own memory; 0 to ask the server every time.
         durability: What a write to an embedded store survives: ``process`` (the death of any
             process; a power failure may cost what came after the last snapshot) or ``commit``
             (power failures too: every write waits for the disk).
@@ -61,11 +76,14 @@ class StoreConfig:
 
     scheme: str
     url: str = field(repr=False)
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
     path: Path | None = None
     fallback: bool = False
     timeout: float = 1.0
     state_size: int = 64 * 1024 * MIB
     cache_size: int = 1024 * MIB
+    near_size: int = 32 * MIB
     durability: str = "process"
     snapshot_every: float = 300.0
 
@@ -78,6 +96,10 @@ class StoreConfig:
                 raise ConfigError(
                     f"store {name}={getattr(self, name)}: give {MIB} to {_LARGEST_FILE} bytes"
                 )
+        if not 0 <= self.near_size <= _LARGEST_FILE:
+            raise ConfigError(
+                f"store near_size={self.near_size}: give at most {_LARGEST_FILE} bytes, or 0"
+            )
         if self.durability not in ("process", "commit"):
             raise ConfigError(f"store durability={self.durability!r}: give process or commit")
         if not (math.isfinite(self.snapshot_every) and self.snapshot_every >= 0):
@@ -91,7 +113,7 @@ class StoreConfig:
     @property
     def safe_url(self) -> str:
         """The URL with ``***`` for whatever may be a secret, for messages."""
-        parts = urlsplit(self.url)
+        parts = _parts(self.url)
         login, at, address = parts.netloc.rpartition("@")
         user, colon, _ = login.partition(":")
         shown = f"{user}:***" if colon else "***" * bool(at)  # a lone word may be a password
@@ -108,9 +130,9 @@ class StoreConfig:
 
         Args:
             url: One of the forms in the docs, such as ``lmdb:///var/lib/app`` or
-                ``redis://host:6379/0``; ``timeout``, ``state_size`` and ``cache_size`` may
-                follow as a query. What stands for itself there is escaped as in any URL: ``#``
-                as ``%23``, and in a password also ``/``, ``?`` and ``@``.
+                ``redis://host:6379/0``; ``timeout`` and the other options may follow as a query.
+                What stands for itself there is escaped as in any URL: ``#`` as ``%23``, and in a
+                password also ``/``, ``?`` and ``@``.
             **options: The same options as keywords; they win over the query.
 
         Raises:
@@ -168,12 +190,22 @@ def _split(url: str) -> SplitResult:
     if re.search(r"[\x00-\x1f\x7f]|%00", url):
         raise ConfigError("store URL: remove the control character, such as NUL or a line end")
     try:
-        return urlsplit(url)
+        return _parts(url)
     except ValueError:  # it quotes the URL, so it is not passed on
         raise ConfigError(
             "store URL: the host is malformed: write [ and ] only around an IPv6 address (in a "
             "password %5B and %5D), and no characters that stand for / ? # @ or :"
         ) from None
+
+
+def _parts(url: str) -> SplitResult:
+    """Take a URL apart, also one with a list of hosts, which `urlsplit` does not know."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in _LIST_PORTS:
+        return urlsplit(url)
+    place, _, query = rest.partition("?")
+    hosts, slash, path = place.partition("/")
+    return SplitResult(scheme, hosts, slash + path, query, "")
 
 
 def _options(query: str) -> list[tuple[str, str]]:
@@ -218,11 +250,19 @@ def _working_directory() -> Path:
 def _server(parts: SplitResult, query: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields that say where a server is."""
     _check_login(parts)
+    place: dict[str, Any] = {"url": _joined(parts._replace(query=urlencode(query)))}
     if parts.scheme == "unix":
         _check_socket(parts)
-    else:
+    elif parts.scheme not in _LIST_PORTS:
         _check_address(parts)
-    return {"url": _joined(parts._replace(query=urlencode(query)))}
+        _check_database(parts.path.strip("/"))
+    else:
+        place["hosts"] = _hosts(parts)
+        if parts.scheme.endswith("+sentinel"):
+            place["service"] = _service(parts)
+        else:
+            _check_cluster(parts, query)
+    return place
 
 
 def _check_login(parts: SplitResult) -> None:
@@ -254,10 +294,47 @@ def _check_address(parts: SplitResult) -> None:
         raise ConfigError(
             f"store URL names no host: write {parts.scheme}://host:6379/0, or [::1] for the host"
         )
-    database = parts.path.strip("/")
+
+
+def _check_database(database: str) -> None:
     if not re.fullmatch("[0-9]{0,9}", database):
         raise ConfigError(
             f"store URL: database {_shown(database)} is not a number that Redis takes; write .../0"
+        )
+
+
+def _hosts(parts: SplitResult) -> tuple[tuple[str, int], ...]:
+    """Return the names and ports of a list of hosts."""
+    login, at, hosts = parts.netloc.rpartition("@")
+    if "@" in login:
+        raise ConfigError(
+            "store URL: more than one @: write user and password once, before the first host, and "
+            "in a password %40 for @"
+        )
+    found = []
+    for host in hosts.split(","):
+        single = _split(f"redis://{login}{at}{host}")
+        _check_address(single._replace(scheme=parts.scheme))
+        found.append((unquote(single.hostname or ""), single.port or _LIST_PORTS[parts.scheme]))
+    return tuple(found)
+
+
+def _service(parts: SplitResult) -> str:
+    """Return the name of the service in ``/service`` or ``/service/0``."""
+    service, _, database = parts.path.removeprefix("/").partition("/")
+    if not service:
+        raise ConfigError(
+            f"store URL names no service: write {parts.scheme}://host:26379,host:26379/service/0"
+        )
+    _check_database(database.strip("/"))
+    return unquote(service)
+
+
+def _check_cluster(parts: SplitResult, query: Mapping[str, str]) -> None:
+    database = query.get("db") or parts.path.strip("/")
+    if database.strip("0"):
+        raise ConfigError(
+            f"store URL: a cluster has no database {_shown(database)}: write 0 or nothing"
         )
 
 

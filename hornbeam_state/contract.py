@@ -634,6 +634,8 @@ class MessageContract(_Contract):
         assert _taken(inbox, 1) == [(b"topic", b"during")]
         inbox.close()
         inbox.close()
+        assert inbox.closed
+        assert inbox.take() is None
         assert publish(b"topic", b"after") == 0
 
     def test_messages_come_in_order(
@@ -749,7 +751,9 @@ class MessageContract(_Contract):
     ) -> None:
         """Who waits on one sees that; new ones can be made."""
         inbox = subscribe(b"t")
+        assert not inbox.closed
         driver.call(backend, "close")
+        assert inbox.closed
         assert _is_readable(inbox, 5000)
         assert inbox.take() is None
         assert publish(b"t", b"v") == 0

@@ -3,9 +3,13 @@
 Covers dataclasses, msgspec structs, pydantic models, named tuples and enums. What is stored is
 the class's module and qualified name, and its fields. Reading never imports anything: a class is
 only looked for among the modules that are already there, so that bytes from a shared store can
-name a class that the program uses and nothing else. Nor does it run constructors or validators
-(but a struct's ``__post_init__``, which msgspec always runs): they ran when the value was made,
-and running them twice may change it.
+name a class that the program uses and nothing else. Nor does it run constructors, validators or
+setters: they ran when the value was made, and running them twice may change it. Classes that
+define ``__del__`` are not covered, since that would run on whatever the bytes say.
+
+What of a class does run when hostile bytes name it: a struct's ``__post_init__``, which msgspec
+always calls, ``_missing_`` of a flag, and ``__hash__`` and ``__eq__`` of an object in a set or as
+a key.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ import dataclasses
 import operator
 import sys
 from enum import Enum, Flag
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from inspect import getattr_static
-from types import BuiltinFunctionType, ModuleType
+from types import BuiltinFunctionType, MemberDescriptorType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
@@ -24,7 +28,7 @@ import msgspec
 from hornbeam_state.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 _SHOWN_NAME: Final = 200
 
@@ -92,32 +96,48 @@ def _find_class(module: str, qualname: str) -> type[Any] | None:
     names = object.__getattribute__(found, "__dict__")
     for part in qualname.split("."):
         found = names.get(part)
-        if not isinstance(found, type):
+        if not issubclass(type(found), type):
             return None
-        names = type.__getattribute__(found, "__dict__")
-    same = (found.__module__, found.__qualname__) == (module, qualname)
+        names = _look(found, "__dict__")
+    same = (_look(found, "__module__"), _look(found, "__qualname__")) == (module, qualname)
     return found if same else None
 
 
+_look: Final = type.__getattribute__
+"""Looks at a class past what its metaclass may do when it is looked at."""
+
+
+def _attribute(cls: type[Any], name: str) -> Any:
+    """Return what a class or a base of it holds under a name, as it lies there, or None."""
+    for base in _look(cls, "__mro__"):
+        names = _look(base, "__dict__")
+        if name in names:
+            return names[name]
+    return None
+
+
 def _shape_of(cls: type[Any]) -> type[_Shape] | None:
-    if issubclass(cls, Enum):
-        return _EnumShape
-    if issubclass(cls, msgspec.Struct):
-        return _StructShape
-    if tuple in cls.__bases__ and type(vars(cls).get("_fields")) is tuple:
-        return _NamedTupleShape
-    if _has_native_state(cls):
+    if _attribute(cls, "__del__") is not None:
         return None
-    if _is_model(cls):
+    bases = _look(cls, "__mro__")
+    if Enum in bases:
+        return _EnumShape
+    if msgspec.Struct in bases:
+        return _StructShape
+    if tuple in _look(cls, "__bases__") and type(_look(cls, "__dict__").get("_fields")) is tuple:
+        return _NamedTupleShape
+    is_plain = not _has_native_state(cls)
+    if is_plain and _is_model(cls):
         return _ModelShape
-    return _DataclassShape if dataclasses.is_dataclass(cls) else None
+    is_dataclass = _attribute(cls, "__dataclass_fields__") is not None
+    return _DataclassShape if is_plain and is_dataclass else None
 
 
 def _is_model(cls: type[Any]) -> bool:
     """Tell a pydantic model, without importing pydantic (whose package imports lazily)."""
     main = sys.modules.get("pydantic.main")
     base = None if main is None else vars(main).get("BaseModel")
-    return base is not None and issubclass(cls, base) and hasattr(cls, "__pydantic_fields__")
+    return base in _look(cls, "__mro__") and _attribute(cls, "__pydantic_fields__") is not None
 
 
 def _has_native_state(cls: type[Any]) -> bool:
@@ -125,8 +145,8 @@ def _has_native_state(cls: type[Any]) -> bool:
 
     Exactly such bases have a `__new__` that is written in C.
     """
-    bases = (base for base in cls.__mro__ if base is not object)
-    return any(isinstance(vars(base).get("__new__"), BuiltinFunctionType) for base in bases)
+    bases = (_look(base, "__dict__") for base in _look(cls, "__mro__") if base is not object)
+    return any(isinstance(names.get("__new__"), BuiltinFunctionType) for names in bases)
 
 
 def _check_extras(value: object, names: Iterable[str], state: Any) -> None:
@@ -140,6 +160,30 @@ def _check_extras(value: object, names: Iterable[str], state: Any) -> None:
                 f"{_name_of(cls)} object with an attribute that is not a"
                 " field of its class: call register_codec"
             )
+
+
+def _read_names_of_fields(cls: type[Any]) -> tuple[str, ...]:
+    """Return the names of the fields of a dataclass or a struct.
+
+    Raises:
+        CodecError: one is a property or another descriptor, so that to put a value there would
+            run code.
+    """
+    is_struct = msgspec.Struct in _look(cls, "__mro__")
+    names = cls.__struct_fields__ if is_struct else [one.name for one in dataclasses.fields(cls)]
+    for name in names:
+        kept = _attribute(cls, name)
+        is_setter = _attribute(type(kept), "__set__") is not None
+        if is_setter and not isinstance(kept, MemberDescriptorType):
+            raise CodecError(
+                f"{_name_of(cls)} has a field that is a property or another"
+                " descriptor: call register_codec"
+            )
+    return tuple(names)
+
+
+_names_of_fields: Callable[[type[Any]], tuple[str, ...]]
+_names_of_fields = lru_cache(maxsize=1024)(_read_names_of_fields)  # type: ignore[assignment]
 
 
 def _fields_of(value: object, names: Iterable[str]) -> dict[str, Any]:
@@ -160,13 +204,13 @@ def _check_fields(cls: type[Any], fields: Any, names: Collection[str]) -> None:
 class _DataclassShape:
     @staticmethod
     def take(value: Any) -> list[Any]:
-        names = [field.name for field in dataclasses.fields(value)]
+        names = _names_of_fields(type(value))
         _check_extras(value, names, object.__getstate__(value))
         return [_fields_of(value, names)]
 
     @staticmethod
     def build(kind: type[Any], fields: Any) -> Any:
-        _check_fields(kind, fields, [field.name for field in dataclasses.fields(kind)])
+        _check_fields(kind, fields, _names_of_fields(kind))
         value = object.__new__(kind)
         for name, item in fields.items():
             object.__setattr__(value, name, item)
@@ -176,13 +220,13 @@ class _DataclassShape:
 class _StructShape:
     @staticmethod
     def take(value: Any) -> list[Any]:
-        names = value.__struct_fields__
+        names = _names_of_fields(type(value))
         _check_extras(value, names, getattr(value, "__dict__", None))
         return [_fields_of(value, names)]
 
     @staticmethod
     def build(kind: type[Any], fields: Any) -> Any:
-        _check_fields(kind, fields, kind.__struct_fields__)
+        _check_fields(kind, fields, _names_of_fields(kind))
         try:
             value = kind(**fields)
         except Exception as error:

@@ -28,6 +28,7 @@ import decimal
 import threading
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -309,25 +310,31 @@ def unpack(data: memoryview) -> Any:
     return _decoder.decode(data)
 
 
-def _load_ext(code: int, data: memoryview) -> Any:
-    load = _EXT_DECODERS.get(code)
-    if load is None:
+def _load_ext(depth: int, code: int, data: memoryview) -> Any:
+    load = _LEAF_DECODERS.get(code)
+    if load is not None:
+        return load(data)
+    build = _PARTS_DECODERS.get(code)
+    if build is None:
         raise CodecError("damaged value, or written by a later version of hornbeam")
-    return load(data)
-
-
-_decoder = msgspec.msgpack.Decoder(ext_hook=_load_ext)
-
-
-def _parts(data: memoryview) -> list[Any]:
-    parts = _decoder.decode(data)
+    if depth > MAX_DEPTH:  # what `pack` wrote is never deeper: a leaf may have parts as well
+        raise CodecError("damaged value: nested too deep")
+    parts = _decoders[depth + 1].decode(data)
     if type(parts) is not list:
         raise CodecError("damaged value: not the parts of one")
-    return parts
+    return build(parts)
 
 
-def _load_dict(data: memoryview) -> dict[Any, Any]:
-    turns = iter(_parts(data))
+# One for each level of extensions, which tells the hook how deep it is: left to Python's limit,
+# bytes that nest them thousands deep could overrun the stack of a thread that has a small one.
+_decoders = tuple(
+    msgspec.msgpack.Decoder(ext_hook=partial(_load_ext, depth)) for depth in range(MAX_DEPTH + 2)
+)
+_decoder = _decoders[0]
+
+
+def _load_dict(parts: list[Any]) -> dict[Any, Any]:
+    turns = iter(parts)
     return dict(zip(turns, turns, strict=True))
 
 
@@ -335,24 +342,24 @@ def _load_dict(data: memoryview) -> dict[Any, Any]:
 # a pickle, and hardly check it.
 
 
-def _load_datetime(data: memoryview) -> datetime:
-    year, month, day, hour, minute, second, microsecond, fold, zone = _parts(data)
+def _load_datetime(parts: list[Any]) -> datetime:
+    year, month, day, hour, minute, second, microsecond, fold, zone = parts
     tz = _load_zone(zone)
     return datetime(year, month, day, hour, minute, second, microsecond, tz, fold=fold)
 
 
-def _load_date(data: memoryview) -> date:
-    year, month, day = _parts(data)
+def _load_date(parts: list[Any]) -> date:
+    year, month, day = parts
     return date(year, month, day)
 
 
-def _load_time(data: memoryview) -> time:
-    hour, minute, second, microsecond, fold, zone = _parts(data)
+def _load_time(parts: list[Any]) -> time:
+    hour, minute, second, microsecond, fold, zone = parts
     return time(hour, minute, second, microsecond, _load_zone(zone), fold=fold)
 
 
-def _load_timedelta(data: memoryview) -> timedelta:
-    days, seconds, microseconds = _parts(data)
+def _load_timedelta(parts: list[Any]) -> timedelta:
+    days, seconds, microseconds = parts
     return timedelta(days, seconds, microseconds)
 
 
@@ -378,8 +385,8 @@ def _load_decimal(data: memoryview) -> decimal.Decimal:
     return value
 
 
-def _load_registered(data: memoryview) -> Any:
-    name, value = _parts(data)
+def _load_registered(parts: list[Any]) -> Any:
+    name, value = parts
     if type(name) is not str:
         raise CodecError("damaged value: it has no codec")
     codec = _registry.by_name.get(name)
@@ -391,23 +398,26 @@ def _load_registered(data: memoryview) -> Any:
         raise CodecError(f"the decode function of codec {codec.name!r} failed") from error
 
 
-_EXT_DECODERS: dict[int, Callable[[memoryview], Any]] = {
+_LEAF_DECODERS: dict[int, Callable[[memoryview], Any]] = {
     _BIG_INT: lambda data: int.from_bytes(data, "little", signed=True),
-    _TUPLE: lambda data: tuple(_parts(data)),
-    _SET: lambda data: set(_parts(data)),
-    _FROZENSET: lambda data: frozenset(_parts(data)),
-    _DICT: _load_dict,
     _BYTEARRAY: bytearray,
-    _DATETIME: _load_datetime,
-    _DATE: _load_date,
-    _TIME: _load_time,
-    _TIMEDELTA: _load_timedelta,
     _DECIMAL: _load_decimal,
     _UUID: lambda data: UUID(bytes=bytes(data)),
     _ARRAY: lambda data: arrays.load(data, 0),
     _NUMPY_STR: lambda data: np.str_(str(data, "utf-8")),
     _NUMPY_BYTES: lambda data: np.bytes_(bytes(data)),
-    _OBJECT: lambda data: objects.put_together(_parts(data)),
+}
+
+_PARTS_DECODERS: dict[int, Callable[[list[Any]], Any]] = {
+    _TUPLE: tuple,
+    _SET: set,
+    _FROZENSET: frozenset,
+    _DICT: _load_dict,
+    _DATETIME: _load_datetime,
+    _DATE: _load_date,
+    _TIME: _load_time,
+    _TIMEDELTA: _load_timedelta,
+    _OBJECT: objects.put_together,
     _REGISTERED: _load_registered,
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hornbeam_state.backends.base import Backend, Inbox
 
 _IN_A_ROW: Final = 32  # messages a task may take before it lets others run
+_LONGEST_POLL: Final = 3600.0  # seconds; the kernel takes no more than a month
 
 
 class Message(NamedTuple):
@@ -37,7 +39,7 @@ class Subscription:
 
     A context manager and an iterator, sync and async, that any number of threads and tasks may
     share: each message goes to one of them. The sync iterator ends when the subscription is
-    closed elsewhere, the async one too.
+    closed elsewhere, the async one too. Closing the store closes its subscriptions.
 
     Args:
         backend: Where the messages come from.
@@ -61,6 +63,7 @@ class Subscription:
         self._maxsize = maxsize
         self._inbox: Inbox | None = None
         self._closed = False
+        self._opening = threading.RLock()
         self._process = os.getpid()
         self._waiting: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]] = {}
         self._taken = 0
@@ -79,20 +82,24 @@ class Subscription:
         """Subscribe, if not done yet."""
         self._check()
         if self._inbox is None:
-            self._inbox = self._backend.subscribe(self._topics, self._maxsize)
+            self._keep(self._backend.subscribe(self._topics, self._maxsize))
         return self
 
     async def aopen(self) -> Self:
         """Awaitable twin of `open`."""
         self._check()
         if self._inbox is None:
-            inbox = await self._backend.asubscribe(self._topics, self._maxsize)
-            if self._inbox is not None or self._closed:  # another task did so, or closed it
-                inbox.close()
-                self._check()
-            else:
-                self._inbox = inbox
+            self._keep(await self._backend.asubscribe(self._topics, self._maxsize))
         return self
+
+    def _keep(self, inbox: Inbox) -> None:
+        """Use an inbox, unless another thread or task has opened or closed the subscription."""
+        with self._opening:
+            if self._inbox is None and not self._closed:
+                self._inbox = inbox
+                return
+        inbox.close()
+        self._check()
 
     def get(self, timeout: float | None = None) -> Message:
         """Return the next message, waiting for it for at most `timeout` seconds (None: for ever).
@@ -100,6 +107,7 @@ class Subscription:
         Raises:
             DeadlineExceeded: none came in time.
         """
+        _check_timeout(timeout)
         self.open()
         deadline = None if timeout is None else time.monotonic() + timeout
         while (message := self._take()) is None:
@@ -108,11 +116,12 @@ class Subscription:
                 raise self._nothing_came(timeout)
             poller = select.poll()
             poller.register(self._descriptor(), select.POLLIN)
-            poller.poll(None if left is None else left * 1000)
+            poller.poll(None if left is None else min(left, _LONGEST_POLL) * 1000)
         return message
 
     async def aget(self, timeout: float | None = None) -> Message:
         """Awaitable twin of `get`; cancelling it loses no message."""
+        _check_timeout(timeout)
         await self.aopen()
         self._taken += 1
         if self._taken % _IN_A_ROW == 0:
@@ -129,8 +138,11 @@ class Subscription:
 
     def close(self) -> None:
         """Unsubscribe; who waits for a message is told. Idempotent."""
-        self._closed = True
-        if self._inbox is not None and self._process == os.getpid():
+        if self._process != os.getpid():
+            return  # it is the parent's; a lock of then may be held for ever
+        with self._opening:
+            self._closed = True
+        if self._inbox is not None:
             self._inbox.close()
 
     async def aclose(self) -> None:
@@ -171,19 +183,20 @@ class Subscription:
         return self.aopen().__await__()
 
     def _check(self) -> None:
-        if self._closed:
-            raise _Closed("the subscription is closed")
         if self._process != os.getpid():
             raise RuntimeError("the subscription is the parent process's: subscribe in this one")
+        if self._closed or (self._inbox is not None and self._inbox.closed):
+            raise _Closed("the subscription is closed")
 
     def _take(self) -> Message | None:
-        self._check()
         taken = None if self._inbox is None else self._inbox.take()
-        if taken is None:
-            self._check()  # closed meanwhile: nothing would ever come
-            return None
-        topic, payload = taken
-        return Message(topic[len(self._space) :].decode(), decode(payload))
+        if taken is not None:
+            topic, payload = taken
+            return Message(topic[len(self._space) :].decode(), decode(payload))
+        if self._inbox is not None and self._inbox.closed:  # by itself, or with the store
+            self._closed = True
+        self._check()  # who is closed would wait for ever
+        return None
 
     def _descriptor(self) -> int:
         return -1 if self._inbox is None else self._inbox.fileno()
@@ -220,6 +233,15 @@ class Subscription:
 
 class _Closed(RuntimeError):
     """The subscription is closed."""
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout is a number of seconds or None, not {type(timeout).__qualname__}")
+    if not timeout >= 0:
+        raise ValueError(f"timeout={timeout}: give seconds, 0 or more, or None")
 
 
 def make_topics(space: bytes, names: Iterable[bytes]) -> Topics:

@@ -24,7 +24,7 @@ def open_store(url: str, **options: Any) -> Store:
 
     Args:
         url: A store URL, such as ``lmdb:///var/lib/app`` or ``redis://host:6379/0``.
-        **options: ``timeout`` (seconds), ``state_size``, ``cache_size`` (bytes).
+        **options: ``timeout`` (seconds), ``state_size``, ``cache_size``, ``near_size`` (bytes).
 
     Raises:
         ConfigError: the URL or an option is wrong. The store itself is opened at first use.
@@ -314,10 +314,10 @@ class Store:
 def make_backend(config: StoreConfig) -> Backend:
     """Return the backend for a store, not connected yet; its driver is imported here."""
     if config.scheme in ("lmdb", "memory"):
-        from hornbeam_state.backends.embedded import EmbeddedBackend
+        from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 
         return EmbeddedBackend(config)
-    from hornbeam_state.backends.redis import RedisBackend
+    from hornbeam_state.backends.redis.backend import RedisBackend
 
     return cast("Backend", RedisBackend(config))
 

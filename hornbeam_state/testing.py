@@ -1,4 +1,20 @@
-"""For tests: a clock that is set by hand, and the contract that every backend passes.
+"""For tests: a clock that is set by hand, a backend that fails, and the contract of backends.
+
+What an app does without its store is seen by giving it a `FaultyBackend`::
+
+    real = open_store("memory://")
+    faulty = FaultyBackend(real.backend)
+    set_default_store(Store(real.config, backend=faulty))
+
+    faulty.before("put", space="cache").fail(StoreFull)  # nothing was done
+    faulty.after("incr", nth=2).fail()                   # done, and the caller cannot know
+    faulty.before("get").delay(0.2)                      # seconds
+    with faulty.outage():
+        ...
+    with faulty.before("cas").hold() as hold:            # in another thread or task
+        hold.reached()
+    faulty.heal()
+    assert faulty.count("put") == 3
 
 To run the contract over a backend of your own, supply it as a fixture::
 
@@ -27,8 +43,16 @@ from hornbeam_state.contract import (
     LockContract,
     MessageContract,
 )
+from hornbeam_state.faulty_backend import FaultyBackend
 
-__all__ = ["BackendContract", "KeyspaceContract", "LockContract", "ManualClock", "MessageContract"]
+__all__ = [
+    "BackendContract",
+    "FaultyBackend",
+    "KeyspaceContract",
+    "LockContract",
+    "ManualClock",
+    "MessageContract",
+]
 
 
 class ManualClock:

@@ -30,11 +30,11 @@ class Tree:
             for path in sorted((root / package).rglob("*.py"))
         }
         document = (root / "docs" / "architecture.md").read_text()
-        self.rows = {
-            f"{package}/{file}": may_import
-            for package in PACKAGES
-            for file, may_import in table(document, package)
-        }
+        self.rows, self.folders = {}, {}
+        for package in PACKAGES:
+            for folder, file, may_import in table(document, package):
+                self.rows[f"{folder}/{file}"] = may_import
+                self.folders[f"{folder}/{file}"] = folder
 
     def files_of(self, name):
         """Return the files that a name in a table stands for: a file, or all of a folder."""
@@ -46,9 +46,13 @@ class Tree:
         return max(rows, key=len, default=None)
 
     def names(self, row):
-        """Return the names in the column "may import" of a row."""
-        package, names = package_of(row), self.rows[row].removeprefix("everything but ")
-        return [f"{package}/{name.strip()}" for name in names.split(",") if name.strip() != "-"]
+        """Return the names in the column "may import" of a row: neighbours come first."""
+        names = [name.strip() for name in self.rows[row].removeprefix("everything but ").split(",")]
+        return [self.full_name(row, name) for name in names if name != "-"]
+
+    def full_name(self, row, name):
+        neighbour = f"{self.folders[row]}/{name}"
+        return neighbour if self.files_of(neighbour) else f"{package_of(row)}/{name}"
 
     def allowed(self, row):
         """Return the files that the files of a row may import."""
@@ -107,12 +111,14 @@ class Tree:
 
 
 def table(document, package):
-    """Yield the first two columns of the table below the heading of a package."""
+    """Yield the folder and the first two columns of the tables below the heading of a package."""
     section = re.search(rf"(?ms)^## {package}$(.*?)(^## |\Z)", document)[1]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    for line in lines[2:]:
-        file, may_import, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
-        yield file.replace("\\_", "_").removesuffix(".py"), may_import
+    for part in re.split(r"(?m)^### ", f"{package}\n{section}"):
+        folder, _, text = part.partition("\n")
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        for line in lines[2:]:
+            file, may_import, _ = (cell.strip() for cell in line.strip("|").split("|", 2))
+            yield folder.strip(), file.replace("\\_", "_").removesuffix(".py"), may_import
 
 
 def package_of(file):

@@ -97,6 +97,11 @@ class Inbox(Protocol):
         """How often the connection was lost, and with it whatever was published meanwhile."""
         ...
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will come any more: it was closed, or its backend was."""
+        ...
+
     def take(self) -> tuple[bytes, bytes] | None:
         """Remove and return the oldest message (topic, payload), or None; never waits.
 
@@ -109,8 +114,8 @@ class Inbox(Protocol):
     def fileno(self) -> int:
         """Return a descriptor to wait on: readable from when there is something to take.
 
-        It stays readable until `take` has returned None, and for good once the inbox is closed;
-        it is valid for as long as the inbox exists.
+        It stays readable until there is nothing to take, or until `take` has returned None, and
+        for good once the inbox is closed; it is valid for as long as the inbox exists.
         """
         ...
 

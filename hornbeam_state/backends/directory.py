@@ -7,6 +7,7 @@ do with it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -164,7 +165,13 @@ def _create(target: Path, text: str) -> None:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write a small file that only this user may read."""
+    """Write a small file that only this user may read; one that says so already stays.
+
+    So opening a store anew takes no room, and a full disk does not leave an empty note.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if path.read_text("ascii") == text:
+            return
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(text)

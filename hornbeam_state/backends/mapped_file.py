@@ -9,7 +9,17 @@ import os
 def map_file(descriptor: int, size: int) -> mmap.mmap:
     """Map the first `size` bytes of a file, shared with whoever else maps it.
 
-    The room is allocated first: writing through a map to a hole of a full disk would be a SIGBUS.
+    Raises:
+        OSError: there is no room.
+    """
+    reserve(descriptor, size)
+    return mmap.mmap(descriptor, size)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Allocate the first `size` bytes of a file, which keep what they hold.
+
+    Writing through a map to a hole of a full disk would be a SIGBUS.
 
     Raises:
         OSError: there is no room.
@@ -19,4 +29,3 @@ def map_file(descriptor: int, size: int) -> mmap.mmap:
     else:  # macOS
         present = os.fstat(descriptor).st_size
         os.pwrite(descriptor, bytes(max(0, size - present)), present)
-    return mmap.mmap(descriptor, size)

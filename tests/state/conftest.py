@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from redis_servers import FakeServer, Server
+from message_helpers import TOPIC
+from redis_servers import Cluster, FakeServer, Server, Watched
 
-pytest.register_assert_rewrite("hornbeam_state.contract")
+from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.config import StoreConfig
 
 
 def _missing(what: str):
@@ -69,6 +72,62 @@ def redis_server(shared_redis) -> Server:
     return shared_redis
 
 
+@pytest.fixture(scope="session")
+def shared_cluster(valkey_binary):
+    cluster = Cluster(valkey_binary).start()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def shared_watched(valkey_binary):
+    watched = Watched(valkey_binary).start()
+    yield watched
+    watched.close()
+
+
+@pytest.fixture
+def cluster(shared_cluster) -> Cluster:
+    """Three primaries, empty, shared with other tests: not to be stopped."""
+    shared_cluster.flush()
+    return shared_cluster
+
+
+@pytest.fixture
+def watched(shared_watched) -> Watched:
+    """A primary, empty, with a replica and sentinels, shared with other tests."""
+    shared_watched.primary.ask("FLUSHALL")
+    return shared_watched
+
+
+@pytest.fixture
+def make_cluster(valkey_binary):
+    """Return what starts a Cluster for one test, to be torn apart at will."""
+    clusters: list[Cluster] = []
+
+    def make(*options: str, replicas: int = 0) -> Cluster:
+        clusters.append(Cluster(valkey_binary, *options, replicas=replicas))
+        return clusters[-1].start()
+
+    yield make
+    for cluster in clusters:
+        cluster.close()
+
+
+@pytest.fixture
+def make_watched(valkey_binary):
+    """Return what starts a primary, a replica and sentinels for one test."""
+    groups: list[Watched] = []
+
+    def make(*, sentinels: int = 3) -> Watched:
+        groups.append(Watched(valkey_binary, sentinels=sentinels))
+        return groups[-1].start()
+
+    yield make
+    for group in groups:
+        group.close()
+
+
 @pytest.fixture
 def make_server(valkey_binary):
     """Return what starts a Valkey server for one test, to be stopped and stalled at will."""
@@ -95,3 +154,27 @@ def make_fake():
     yield make
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def connect():
+    """Return what makes a backend on a server, and closes it after."""
+    backends: list[RedisBackend] = []
+
+    def make(url: str, timeout: float = 10.0) -> RedisBackend:
+        backends.append(RedisBackend(StoreConfig.from_url(url, timeout=timeout)))
+        return backends[-1]
+
+    yield make
+    for backend in backends:
+        backend.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def subscribing(request):
+    """How to subscribe: a test of it passes through both twins."""
+    if request.param == "sync":
+        return lambda backend, topics=TOPIC, maxsize=100: backend.subscribe(topics, maxsize)
+    return lambda backend, topics=TOPIC, maxsize=100: asyncio.run(
+        backend.asubscribe(topics, maxsize)
+    )

@@ -79,10 +79,225 @@ class Server:
         self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def use_file(self, name: str) -> None:
+        """Begin with an empty configuration file, which the server may rewrite."""
+        path = self.directory / name
+        path.touch()
+        self._command.insert(1, str(path))
+
+    def ask(self, *words):
+        """Send one command and return the plain reply."""
+        with self.admin(protocol=2) as admin:
+            connection = admin.connection_pool.get_connection()
+            try:
+                connection.send_command(*words)
+                return connection.read_response()
+            finally:
+                connection.disconnect()
+
+    def role(self) -> bytes | None:
+        """Return what the server says it is; None when it ends the connection, as on a change."""
+        try:
+            return self.ask("ROLE")[0]
+        except redis.ConnectionError:
+            return None
+
+    def is_in_sync(self) -> bool:
+        return b"master_link_status:up" in self.ask("INFO", "replication")
+
     def admin(self, **options) -> redis.Redis:
         """Return a plain client, for looking behind the backend's back."""
         options = {"retry": Retry(NoBackoff(), 0), **options}
         return redis.Redis(unix_socket_path=str(self.socket), **options)
+
+
+class Cluster:
+    """Primaries that share the slots, and replicas of them, without any tool beside the server."""
+
+    def __init__(
+        self, binary: str | Path, *options: str, primaries: int = 3, replicas: int = 0
+    ) -> None:
+        options = (
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
+            *("--repl-diskless-sync-delay", "0", *options),
+        )
+        self.nodes = [
+            # The port of the cluster's own talk would be ours plus 10,000, which may be none.
+            Server(binary, *options, "--cluster-port", free_port())
+            for _ in range(primaries + replicas)
+        ]
+        self.primaries = self.nodes[:primaries]
+        self.replicas = self.nodes[primaries:]
+
+    @property
+    def url(self) -> str:
+        return url_of("redis+cluster", self.nodes)
+
+    def start(self) -> Cluster:
+        try:
+            for node in self.nodes:
+                node.start()
+            self._share_slots()
+            self._meet()
+            self._replicate()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _share_slots(self) -> None:
+        bounds = [16384 * n // len(self.primaries) for n in range(len(self.primaries) + 1)]
+        for epoch, node in enumerate(self.nodes, 1):
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", epoch)
+        for node, low, high in zip(self.primaries, bounds, bounds[1:], strict=False):
+            node.ask("CLUSTER", "ADDSLOTSRANGE", low, high - 1)
+
+    def _meet(self) -> None:
+        for node in self.nodes[1:]:
+            bus = node.ask("CONFIG", "GET", "cluster-port")[1]
+            self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
+        wait_until(lambda: all(map(self._is_complete, self.nodes)), "the nodes know each other")
+
+    def _is_complete(self, node: Server) -> bool:
+        known = f"cluster_known_nodes:{len(self.nodes)}\r".encode()
+        info = node.ask("CLUSTER", "INFO")
+        return known in info and b"cluster_state:ok" in info
+
+    def _replicate(self) -> None:
+        names = [node.ask("CLUSTER", "MYID") for node in self.primaries]
+        for number, replica in enumerate(self.replicas):
+            replica.ask("CLUSTER", "REPLICATE", names[number % len(names)])
+        wait_until(lambda: all(node.is_in_sync() for node in self.replicas), "they replicate")
+        served = set(names[: len(self.replicas)])
+        wait_until(
+            lambda: all(
+                node.ask("CLUSTER", "REPLICAS", name) for node in self.nodes for name in served
+            ),
+            "all know of the replicas",
+        )
+
+    def owner(self, slot: int) -> Server:
+        """Return the primary that says of itself that it serves the slot."""
+        for node in self.nodes:
+            if node.process is None:
+                continue
+            name = node.ask("CLUSTER", "MYID")
+            for low, high, primary, *_ in node.ask("CLUSTER", "SLOTS"):
+                if low <= slot <= high and primary[2] == name:
+                    return node
+        raise LookupError(slot)
+
+    def move(self, slot: int, target: Server) -> None:
+        """Move a slot with all of its keys, as an operator's tool does."""
+        source = self.owner(slot)
+        self.begin_move(slot, source, target)
+        self.move_keys(slot, source, target)
+        self.end_move(slot, source, target)
+
+    def begin_move(self, slot: int, source: Server, target: Server) -> None:
+        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.ask("CLUSTER", "MYID"))
+
+    def move_keys(self, slot: int, source: Server, target: Server) -> None:
+        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 10):
+            source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+
+    def end_move(self, slot: int, source: Server, target: Server) -> None:
+        name = target.ask("CLUSTER", "MYID")
+        for node in (target, source, *(set(self.primaries) - {target, source})):
+            node.ask("CLUSTER", "SETSLOT", slot, "NODE", name)
+
+    def flush(self) -> None:
+        for node in self.primaries:
+            node.ask("FLUSHALL")
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+
+
+class Watched:
+    """A primary and its replica, watched by sentinels."""
+
+    service = "shop"
+
+    def __init__(
+        self, binary: str | Path, *options: str, sentinels: int = 3, down_after_ms: int = 500
+    ) -> None:
+        self._binary = binary
+        self._down_after_ms = down_after_ms
+        delay = ("--repl-diskless-sync-delay", "0")
+        self.servers = [Server(binary, *delay, *options) for _ in range(2)]
+        self.sentinels = [Server(binary, "--sentinel") for _ in range(sentinels)]
+
+    @property
+    def url(self) -> str:
+        return f"{url_of('redis+sentinel', self.sentinels)}/{self.service}"
+
+    def start(self) -> Watched:
+        first, second = self.servers
+        try:
+            for server in self.servers:
+                server.start()
+            second.ask("REPLICAOF", "127.0.0.1", first.port)
+            wait_until(second.is_in_sync, "it replicates")
+            for sentinel in self.sentinels:
+                self._watch(sentinel, first)
+            wait_until(lambda: all(map(self._knows_all, self.sentinels)), "the sentinels are ready")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _watch(self, sentinel: Server, primary: Server) -> None:
+        settings = {
+            "down-after-milliseconds": self._down_after_ms,
+            "failover-timeout": 3000,
+        }
+        sentinel.use_file("sentinel.conf")
+        sentinel.start()
+        quorum = len(self.sentinels) // 2 + 1
+        sentinel.ask("SENTINEL", "MONITOR", self.service, "127.0.0.1", primary.port, quorum)
+        for name, value in settings.items():
+            sentinel.ask("SENTINEL", "SET", self.service, name, value)
+
+    def _knows_all(self, sentinel: Server) -> bool:
+        told = sentinel.ask("SENTINEL", "MASTER", self.service)
+        fields = dict(zip(told[::2], told[1::2], strict=True))
+        others = int(fields[b"num-other-sentinels"])
+        return others == len(self.sentinels) - 1 and fields[b"num-slaves"] == b"1"
+
+    @property
+    def primary(self) -> Server:
+        """The server that the first sentinel names."""
+        _, port = self.sentinels[0].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)
+        return next(server for server in self.servers if server.port == int(port))
+
+    @property
+    def replica(self) -> Server:
+        return next(server for server in self.servers if server is not self.primary)
+
+    def fail_over(self) -> None:
+        """Have the sentinels promote the replica; the old primary learns of it seconds later."""
+        old, new = self.primary, self.replica
+        wait_until(self._accepts_failover, "the sentinels agree to a failover")
+        wait_until(lambda: new.role() == b"master", "the replica is promoted")
+        wait_until(lambda: self.primary is new, "the sentinel names it")
+        assert old.role() == b"master"
+
+    def _accepts_failover(self) -> bool:
+        try:
+            return self.sentinels[0].ask("SENTINEL", "FAILOVER", self.service) == b"OK"
+        except redis.ResponseError:  # the replica's state is not known yet, or one is under way
+            return False
+
+    def close(self) -> None:
+        for server in (*self.sentinels, *self.servers):
+            server.close()
+
+
+def url_of(scheme: str, servers) -> str:
+    return f"{scheme}://{','.join(f'127.0.0.1:{server.port}' for server in servers)}"
 
 
 class FakeServer:

@@ -25,6 +25,8 @@ SECRET = "hunter2"
         pytest.param("lmdb:///srv/caf%C3%A9", {"path": Path("/srv/caf\u00e9")}, id="lmdb-escaped-utf8"),
         pytest.param("lmdb:///srv/x?state_size=2097152", {"path": Path("/srv/x"), "state_size": 2 * MIB}, id="lmdb-state-size"),
         pytest.param("lmdb:///srv/x?cache_size=2097152&timeout=2.5", {"cache_size": 2 * MIB, "timeout": 2.5}, id="lmdb-two-options"),
+        pytest.param("redis://h/0?near_size=0", {"near_size": 0, "url": "redis://h/0"}, id="redis-near-size-none"),
+        pytest.param("unix:///s?near_size=1000", {"near_size": 1000, "url": "unix:///s"}, id="unix-near-size"),
         pytest.param("memory://", {"scheme": "memory", "path": None, "url": "memory://"}, id="memory"),
         pytest.param("memory://?cache_size=1048576", {"scheme": "memory", "cache_size": MIB}, id="memory-option"),
         pytest.param("redis://host", {"scheme": "redis", "url": "redis://host", "path": None}, id="redis-bare"),
@@ -36,6 +38,10 @@ SECRET = "hunter2"
         pytest.param("redis://:p%40s%2Fs@host/0", {"url": "redis://:p%40s%2Fs@host/0"}, id="redis-escaped-password"),
         pytest.param("unix:///run/redis.sock", {"scheme": "unix", "url": "unix:///run/redis.sock"}, id="unix"),
         pytest.param("unix:///run/redis.sock?db=2&timeout=1.5", {"url": "unix:///run/redis.sock?db=2", "timeout": 1.5}, id="unix-options"),
+        pytest.param("redis+sentinel://h1,h2:27000/shop", {"scheme": "redis+sentinel", "hosts": (("h1", 26379), ("h2", 27000)), "service": "shop"}, id="sentinel"),
+        pytest.param("rediss+sentinel://u:p%2Cw@[::1]:1,[::2]/sh%20op/3?sentinel_password=s&timeout=2", {"hosts": (("::1", 1), ("::2", 26379)), "service": "sh op", "timeout": 2.0, "url": "rediss+sentinel://u:p%2Cw@[::1]:1,[::2]/sh%20op/3?sentinel_password=s"}, id="sentinel-everything"),
+        pytest.param("redis+cluster://h1:7000,h2", {"scheme": "redis+cluster", "hosts": (("h1", 7000), ("h2", 6379)), "service": ""}, id="cluster"),
+        pytest.param("rediss+cluster://:p,w@h1/0?db=0", {"scheme": "rediss+cluster", "hosts": (("h1", 6379),)}, id="cluster-database-0"),
     ],
 )  # fmt: skip
 def test_a_good_url_is_understood(url, expected):
@@ -76,6 +82,9 @@ def test_a_good_url_is_understood(url, expected):
         pytest.param("lmdb:///srv/x?state_size=1048575", "state_size", id="state-size-small"),
         pytest.param("lmdb:///srv/x?cache_size=0", "cache_size", id="cache-size-zero"),
         pytest.param("lmdb:///srv/x?cache_size=-5", "cache_size", id="cache-size-negative"),
+        pytest.param("redis://h?near_size=-1", "near_size", id="near-size-negative"),
+        pytest.param("redis://h?near_size=32MB", "is not a number", id="near-size-with-unit"),
+        pytest.param(f"redis://h?near_size={2**64}", "near_size", id="near-size-beyond-64-bits"),
         pytest.param(f"lmdb:///srv/x?state_size={2**64}", "state_size", id="state-size-beyond-64-bits"),
         pytest.param("redis://", "no host", id="redis-no-host"),
         pytest.param("redis:///0", "no host", id="redis-no-host-database"),
@@ -92,6 +101,19 @@ def test_a_good_url_is_understood(url, expected):
         pytest.param("redis://host?timeout=x", "is not a number", id="redis-option-text"),
         pytest.param("unix://", "no socket", id="unix-empty"),
         pytest.param("unix:///", "no socket", id="unix-slash"),
+        pytest.param("redis+sentinel://h1,h2", "redis+sentinel://host:26379,host:26379/service/0", id="sentinel-no-service"),
+        pytest.param("redis+sentinel://h1//0", "names no service", id="sentinel-empty-service"),
+        pytest.param("redis+sentinel://h1/shop/x", "'x' is not a number", id="sentinel-database-text"),
+        pytest.param("redis+sentinel:///shop", "no host", id="sentinel-no-host"),
+        pytest.param("redis+sentinel://h1,,h2/shop", "no host", id="sentinel-empty-host"),
+        pytest.param("redis+sentinel://h1,h2:0/shop", "port", id="sentinel-port-zero"),
+        pytest.param("redis+sentinel://u:p@h1,u:p@h2/shop", "more than one @", id="sentinel-two-logins"),
+        pytest.param("redis+cluster://h1:x,h2", "port", id="cluster-port-text"),
+        pytest.param("redis+cluster://h1/1", "no database '1'", id="cluster-database"),
+        pytest.param("redis+cluster://h1?db=2", "no database '2'", id="cluster-database-option"),
+        pytest.param("redis+cluster://", "no host", id="cluster-no-host"),
+        pytest.param("redis+cluster://h\u2100st,h2", "", id="cluster-host-with-odd-letter"),
+        pytest.param("unix+cluster:///run/redis.sock", "is not known", id="cluster-socket"),
     ],
 )  # fmt: skip
 def test_a_bad_url_is_refused_with_what_to_write(url, message):
@@ -106,9 +128,22 @@ def test_a_bad_url_is_refused_with_what_to_write(url, message):
 
 
 @given(
-    scheme=st.sampled_from(["lmdb", "memory", "redis", "rediss", "unix", "file", "\u00e9", ""]),
+    scheme=st.sampled_from(
+        [
+            "lmdb",
+            "memory",
+            "redis",
+            "rediss",
+            "unix",
+            "redis+sentinel",
+            "rediss+cluster",
+            "file",
+            "\u00e9",
+            "",
+        ]
+    ),
     separator=st.sampled_from(["://", ":///", ":", ""]),
-    rest=st.text(alphabet=st.sampled_from("ab/:@?&=#%[]0129. \x00\u2100\u00b2\udc80-_")),
+    rest=st.text(alphabet=st.sampled_from("ab/:@?&=#%[],0129. \x00\u2100\u00b2\udc80-_")),
 )
 @settings(max_examples=300, deadline=None, database=None)
 def test_no_text_breaks_the_parser(scheme, separator, rest):
@@ -133,6 +168,10 @@ def test_no_text_breaks_the_parser(scheme, separator, rest):
         pytest.param(f"redis://host/0?sentinel_password={SECRET}", id="query-longer-name"),
         pytest.param(f"unix://user:{SECRET}@/run/redis.sock?db=1", id="unix"),
         pytest.param(f"unix:///run/redis.sock?password={SECRET}", id="unix-query"),
+        pytest.param(f"redis+sentinel://u:{SECRET}@h1,h2:1/shop?sentinel_password={SECRET}", id="sentinel"),
+        pytest.param(f"rediss+sentinel://h1,h2/shop/0?sentinel_username={SECRET}", id="sentinel-option"),
+        pytest.param(f"redis+cluster://:{SECRET},{SECRET}@h1,[::1]:7000", id="cluster-password-with-comma"),
+        pytest.param(f"redis+cluster://u:{SECRET}@h1,h2/0?db=0", id="cluster"),
     ],
 )  # fmt: skip
 def test_a_password_is_kept_but_never_shown(url):
@@ -162,6 +201,11 @@ def test_a_password_is_kept_but_never_shown(url):
         pytest.param(f"lmdb://user:{SECRET}@host/srv/app", id="lmdb-with-credentials"),
         pytest.param(f"lmdb:///srv/app?password={SECRET}", id="lmdb-unknown-option"),
         pytest.param(f"redis?password={SECRET}", id="no-scheme-query"),
+        pytest.param(f"redis+sentinel://u:{SECRET}@h1,u:{SECRET}@h2/shop", id="sentinel-two-logins"),
+        pytest.param(f"redis+sentinel://u:{SECRET}@h1,h2", id="sentinel-no-service"),
+        pytest.param(f"redis+cluster://u:a/{SECRET}@h1,h2", id="cluster-password-with-slash"),
+        pytest.param(f"redis+cluster://u:[{SECRET}@h1,h2", id="cluster-password-with-bracket"),
+        pytest.param(f"redis+cluster://u:{SECRET}@h1:x,h2", id="cluster-bad-port"),
     ],
 )  # fmt: skip
 def test_a_message_about_a_bad_url_shows_no_password(url, monkeypatch):

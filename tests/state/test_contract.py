@@ -6,9 +6,9 @@ import tempfile
 
 import pytest
 
-from hornbeam_state.backends.redis import RedisBackend
+from hornbeam_state.backends.redis.backend import RedisBackend
 from hornbeam_state.config import StoreConfig
-from hornbeam_state.testing import BackendContract, ManualClock
+from hornbeam_state.testing import BackendContract, FaultyBackend, ManualClock
 
 
 class TestEmbedded(BackendContract):
@@ -16,15 +16,25 @@ class TestEmbedded(BackendContract):
 
     @pytest.fixture
     def backend(self, tmp_path):
-        embedded = pytest.importorskip("hornbeam_state.backends.embedded")
+        embedded = pytest.importorskip("hornbeam_state.backends.embedded.backend")
         self.clock = ManualClock()
         config = StoreConfig.from_url(f"lmdb://{tmp_path}/store", timeout=10)
-        backend = embedded.EmbeddedBackend(config, clock=self.clock)
+        backend = self.wrapped(embedded.EmbeddedBackend(config, clock=self.clock))
         yield backend
         backend.close()
 
+    def wrapped(self, backend):
+        return backend
+
     def elapse(self, seconds):
         self.clock.advance(seconds)
+
+
+class TestFaultless(TestEmbedded):
+    """The same, within a `FaultyBackend` that was given no faults."""
+
+    def wrapped(self, backend):
+        return FaultyBackend(backend)
 
 
 class _OverServer(BackendContract):
@@ -62,5 +72,25 @@ class TestRedis(_OverServer):
     @pytest.fixture
     def backend(self, redis_server):
         backend = self.open(redis_server.url)
+        yield backend
+        backend.close()
+
+
+class TestCluster(_OverServer):
+    """A Cluster of three primaries."""
+
+    @pytest.fixture
+    def backend(self, cluster):
+        backend = self.open(cluster.url)
+        yield backend
+        backend.close()
+
+
+class TestSentinel(_OverServer):
+    """A primary that sentinels name."""
+
+    @pytest.fixture
+    def backend(self, watched):
+        backend = self.open(watched.url)
         yield backend
         backend.close()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from child_processes import PATIENCE, Child
 
 import hornbeam_state
 from hornbeam_state import (
@@ -29,61 +28,15 @@ from hornbeam_state import (
     StoreUnavailable,
     open_store,
 )
-from hornbeam_state.backends import data_file, lmdb_files
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends.embedded import data_file, lmdb_files
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state.testing import ManualClock
 
 MIB = 1024 * 1024
 PAGE = 4096
 NOBODY = 65534
-PATIENCE = 30.0
-"""Seconds after which a hanging child is killed, and its test fails."""
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-class Child:
-    """A forked process that does some work and hands back what came of it."""
-
-    def __init__(self, work, *args) -> None:
-        reader, writer = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: "may lead to deadlocks"
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                os.close(reader)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-                outcome = {"value": None, "error": None, "message": "", "ours": False}
-                try:
-                    outcome["value"] = work(*args)
-                except BaseException as error:
-                    outcome["error"] = type(error).__name__
-                    outcome["message"] = str(error)
-                    outcome["ours"] = isinstance(error, HornbeamError)
-                os.write(writer, json.dumps(outcome).encode())
-            finally:
-                os._exit(0)
-        os.close(writer)
-        self._reader = reader
-
-    def outcome(self) -> SimpleNamespace:
-        """Wait for the end; a crash, a hang or an exit without a word is a failure."""
-        with os.fdopen(self._reader, "rb") as file:
-            data = file.read()
-        _, status = os.waitpid(self.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        assert code == 0, (
-            f"the process ended with {signal.Signals(-code).name if code < 0 else code}"
-        )
-        return SimpleNamespace(**json.loads(data))
-
-    def value(self):
-        """Wait for the end and return the value; an exception is a failure."""
-        outcome = self.outcome()
-        assert outcome.error is None, f"{outcome.error}: {outcome.message}"
-        return outcome.value
 
 
 def in_child(work, *args) -> SimpleNamespace:
@@ -1105,7 +1058,7 @@ def test_a_close_between_opening_and_reading_harms_nobody(place):
     backend = store.backend
     open_as_ever = backend.opened
 
-    def open_and_lose():
+    def open_and_lose(*asked):
         files = open_as_ever()
         backend.opened = open_as_ever
         backend.close()  # another thread's, just now

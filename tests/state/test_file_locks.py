@@ -10,8 +10,9 @@ import time
 import pytest
 from redis_servers import wait_until
 
-from hornbeam_state.backends import kernel_locks, mapped_file, write_guard
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends import kernel_locks, mapped_file
+from hornbeam_state.backends.embedded import write_guard
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state.backends.file_locks import FileGuard, try_own_file
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import StoreUnavailable

@@ -4,61 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import signal
 import subprocess
 import threading
 import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from child_processes import PATIENCE, Child
 
 from hornbeam_state import HornbeamError, KeyTooLong, LockTimeout, open_store
-
-PATIENCE = 30.0
-"""Seconds after which a hanging child is killed, and its test fails."""
-
-
-class Child:
-    """A forked process that does some work and hands back what came of it."""
-
-    def __init__(self, work, *args) -> None:
-        reader, writer = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: "may lead to deadlocks"
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                os.close(reader)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-                try:
-                    outcome = {"value": work(*args), "error": None}
-                except BaseException as error:
-                    outcome = {"value": None, "error": f"{type(error).__name__}: {error}"}
-                os.write(writer, json.dumps(outcome).encode())
-            finally:
-                os._exit(0)
-        os.close(writer)
-        self._reader = reader
-
-    def outcome(self) -> SimpleNamespace:
-        """Wait for the end and return value, error and exit code (negative: the signal)."""
-        with os.fdopen(self._reader, "rb") as file:
-            data = file.read()
-        _, status = os.waitpid(self.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        return SimpleNamespace(**json.loads(data or b'{"value": null, "error": null}'), code=code)
-
-    def value(self):
-        """Wait for the end and return the value; anything else is a failure."""
-        outcome = self.outcome()
-        assert (outcome.code, outcome.error) == (0, None)
-        return outcome.value
 
 
 @pytest.fixture
@@ -375,7 +332,7 @@ def test_a_killed_owner_frees_it(store, url):
     os.kill(child.pid, signal.SIGKILL)
     with store.lock("name", timeout=2):
         pass
-    assert child.outcome().code == -signal.SIGKILL
+    child.outcome(code=-signal.SIGKILL)
     os.close(reader)
     os.close(writer)
 
@@ -422,7 +379,7 @@ def test_a_child_may_wait_with_the_very_lock_its_parent_holds(store):
     """A lock object made before the fork is no one's in the child: it waits, then gets it."""
     lock = store.lock("name", timeout=0.05)
     with lock:
-        assert Child(lock.__enter__).outcome().error.startswith("LockTimeout")
+        assert Child(lock.__enter__).outcome().error == "LockTimeout"
         assert not is_free(store, "name")
     patient = store.lock("name", timeout=PATIENCE)
     with patient:
@@ -468,7 +425,7 @@ def test_a_child_does_not_keep_a_dead_parents_lock(store, url):
             os.kill(grandchild, 0)
     finally:
         os.close(end)
-        child.outcome()
+        child.outcome(code=-signal.SIGKILL)
         os.close(ended)
         os.close(reader)
         os.close(writer)

@@ -5,69 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from child_processes import PATIENCE, Child
 
 import hornbeam_state
 from hornbeam_state import StoreConfig, StoreUnavailable, open_store
 from hornbeam_state.backends import directory
-
-PATIENCE = 60.0
-"""Seconds after which a hanging child is killed, and its test fails."""
-
-
-class Child:
-    """A forked process that does some work and hands back what came of it."""
-
-    def __init__(self, work, *args) -> None:
-        reader, writer = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: "may lead to deadlocks"
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                os.close(reader)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-                try:
-                    outcome = {"value": work(*args), "error": None}
-                except BaseException as error:
-                    outcome = {"value": None, "error": f"{type(error).__name__}: {error}"}
-                os.write(writer, json.dumps(outcome).encode())
-            finally:
-                os._exit(0)
-        os.close(writer)
-        self._reader = reader
-
-    def outcome(self) -> SimpleNamespace:
-        """Wait for the end and return value, error and exit code (negative: the signal)."""
-        with os.fdopen(self._reader, "rb") as file:
-            data = file.read()
-        _, status = os.waitpid(self.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        return SimpleNamespace(**json.loads(data or b'{"value": null, "error": null}'), code=code)
-
-    def value(self):
-        """Wait for the end and return the value; anything else is a failure."""
-        outcome = self.outcome()
-        assert (outcome.code, outcome.error) == (0, None)
-        return outcome.value
-
-    def kill(self) -> None:
-        """End it as a crash would, and check that it was alive until then."""
-        os.kill(self.pid, signal.SIGKILL)
-        outcome = self.outcome()
-        assert (outcome.code, outcome.error) == (-signal.SIGKILL, None)
 
 
 @pytest.fixture
@@ -233,8 +184,8 @@ def test_short_lived_processes_leave_no_reader_slots(store, url):
             os.kill(os.getpid(), signal.SIGKILL)
             reading.abort()
 
-    codes = [Child(live_shortly, number).outcome().code for number in range(100)]
-    assert codes == [0, -signal.SIGKILL] * 50
+    for number in range(100):
+        Child(live_shortly, number).outcome(code=-signal.SIGKILL if number % 2 else 0)
     assert store.get("n") == 100
     assert Child(slots_in_use, url).value() < 10
 
@@ -257,7 +208,7 @@ def test_a_killed_reader_does_not_make_the_file_grow(store, url):
         reading.abort()
 
     store.set("value", b"x" * 1500)
-    assert Child(die_reading).outcome().code == -signal.SIGKILL
+    Child(die_reading).outcome(code=-signal.SIGKILL)
     for number in range(5000):
         store.set("value", b"%d" % number * 300)
     size = (store.backend.directory / "state.lmdb").stat().st_size

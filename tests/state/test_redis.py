@@ -20,10 +20,11 @@ from redis.crc import key_slot
 from redis_servers import free_port, wait_until
 
 from hornbeam_state.backends.base import COUNTER_MAX, COUNTER_MIN
-from hornbeam_state.backends.breaker import Breaker
-from hornbeam_state.backends.redis import RedisBackend
-from hornbeam_state.backends.redis_alink import CONNECTIONS
-from hornbeam_state.backends.redis_steps import (
+from hornbeam_state.backends.redis.alink import CONNECTIONS
+from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.backends.redis.batches import Batch
+from hornbeam_state.backends.redis.breaker import Breaker
+from hornbeam_state.backends.redis.steps import (
     BUCKETS,
     _bounds,
     _within_64_bits,
@@ -31,12 +32,14 @@ from hornbeam_state.backends.redis_steps import (
     milliseconds,
     space_steps,
 )
+from hornbeam_state.backends.redis.topology import SLOT_OF_BUCKET
 from hornbeam_state.config import StoreConfig
 from hornbeam_state.errors import (
     ConfigError,
     HornbeamError,
     StoreFull,
     StoreUnavailable,
+    WrongType,
 )
 
 TIMEOUT = 0.5
@@ -160,11 +163,12 @@ class TestPure:
             steps.usage(b""),
             steps.clear(b""),
         ]
-        commands = [command for operation in operations for command in next(operation).commands]
-        calls = [command.words for command in commands if command.script]
+        batches = [request for request in map(next, operations) if isinstance(request, Batch)]
+        calls = [command for batch in batches for command in batch.commands if command.script]
         assert len(calls) >= 400
-        for words in calls:
-            assert len({key_slot(key) for key in words[3 : 3 + int(words[2])]}) == 1
+        for words, bucket, _ in calls:
+            slots = {key_slot(key) for key in words[3 : 3 + int(words[2])]}
+            assert slots == {SLOT_OF_BUCKET[bucket]}
 
     def test_an_unknown_option_is_refused_at_once(self):
         """The URL is checked before anything connects."""
@@ -484,7 +488,7 @@ class TestRefusals:
         for call in (backend.check, lambda: backend.keyspace("app").put(b"k", b"v")):
             error, _ = failure_of(call)
             assert isinstance(error, StoreUnavailable)
-            assert "Cluster" in str(error)
+            assert "redis+cluster://" in str(error)
 
     def test_a_user_with_too_few_rights(self, make_server, connect):
         """The message says which rights are missing."""
@@ -796,6 +800,33 @@ class TestRetries:
         assert longest < 0.5
 
 
+class TestDialling:
+    """A connection of one's own, for those who wait for what a server says."""
+
+    def test_it_goes_to_the_server(self, valkey, connect, admin):
+        """It is connected, logged in, and nobody else's."""
+        backend = connect(valkey.unix_url)
+        before = admin.info("clients")["connected_clients"]
+        connection = backend._link.dial()
+        other = backend._link.dial_to(*backend._link.primaries())
+        assert admin.info("clients")["connected_clients"] == before + 2
+        backend.close()
+        connection.send_packed_command(connection.pack_command("PING"), check_health=False)
+        assert connection.read_response() == b"PONG"
+        connection.disconnect()
+        other.disconnect()
+
+    def test_nobody_there(self, connect, make_server):
+        """The errors are those of any call."""
+        error, _ = failure_of(connect(f"redis://127.0.0.1:{free_port()}")._link.dial)
+        assert isinstance(error, StoreUnavailable)
+        assert "cannot be reached" in str(error)
+        server = make_server("--requirepass", "open-sesame")
+        error, _ = failure_of(connect(server.url.replace("://", f"://:{HUSH}@"))._link.dial)
+        assert "refused the user name or password" in str(error)
+        assert HUSH not in everything_about(error)
+
+
 class TestAsyncio:
     """Event loops, tasks and their connections."""
 
@@ -829,6 +860,20 @@ class TestAsyncio:
             lambda: admin.info("clients")["connected_clients"] == before,
             "the server sees them closed",
         )
+
+    def test_an_error_that_is_kept_keeps_no_connection(self, valkey, connect, admin):
+        """Its traceback leads to the frames of the call, as long as anyone looks at it."""
+        backend = connect(valkey.url)
+        space = backend.keyspace("app")
+        space.put(b"k", b"v")
+        backend.close()
+        with asyncio.Runner() as runner:
+            with pytest.raises(WrongType) as kept:
+                runner.run(space.aincr(b"k", 1))
+            backend.close()
+            runner.run(asyncio.sleep(0))
+            wait_until(lambda: len(admin.client_list(_type="normal")) == 1, "it is closed")
+        assert kept.value.__traceback__ is not None
 
     def test_close_reaches_every_loop(self, valkey, connect, admin):
         """A loop in another thread closes its connections, and opens others when it needs them."""

@@ -23,7 +23,7 @@ from hornbeam_state import (
     WrongType,
     open_store,
 )
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state.testing import ManualClock
 
 LARGEST = 2**63 - 1

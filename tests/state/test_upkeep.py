@@ -15,8 +15,8 @@ import pytest
 
 from hornbeam_state import StoreConfig, StoreFull, StoreUnavailable, WrongType
 from hornbeam_state.backends.directory import filesystem_of, prepare_directory
-from hornbeam_state.backends.embedded import EmbeddedBackend
-from hornbeam_state.backends.eviction import Sketch
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
+from hornbeam_state.backends.embedded.eviction import Sketch
 from hornbeam_state.testing import ManualClock
 
 
@@ -371,7 +371,7 @@ async def test_the_event_loop_is_not_held_up_by_large_values(make):
 
 WRITE_AND_STOP = """
 import os, signal, sys, time
-from hornbeam_state.backends.embedded import EmbeddedBackend
+from hornbeam_state.backends.embedded.backend import EmbeddedBackend
 from hornbeam_state import StoreConfig
 keys = EmbeddedBackend(StoreConfig.from_url(sys.argv[1])).keyspace("app")
 def stop(txn):

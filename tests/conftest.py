@@ -1,0 +1,5 @@
+"""What comes before any test file is read."""
+
+import pytest
+
+pytest.register_assert_rewrite("hornbeam_state.contract")
