@@ -50,6 +50,7 @@ bench: $(VENV)/dev.stamp ## run the benchmarks; each prints JSON
 	$(BIN)/python benchmarks/messages.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/hello.py
+	$(BIN)/python benchmarks/serving.py
 
 clean: ## remove what these targets made, the demo's store included
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Models inside your own web app: loaded once per worker, their results shared by all workers.
+"""Models inside your own web app: loaded once per worker, calls batched, results shared.
 
 Example::
 
@@ -22,29 +22,43 @@ from hornbeam_ml.cache import (
     cache_stats,
     cached_inference,
 )
-from hornbeam_ml.errors import ModelError
+from hornbeam_ml.errors import ModelError, ServingClosed, StreamClosed
 from hornbeam_ml.identity import register_fingerprint
 from hornbeam_ml.models import aget_model, get_model, register_model
+from hornbeam_ml.serving import DONE, KeyStats, Serving, ServingStats, apredict, predict
+from hornbeam_ml.streams import Stream, awith_stream, current_stream, with_stream
 from hornbeam_ml.web import asgi_app, wsgi_app
 from hornbeam_state.errors import DeadlineExceeded, HornbeamError, Overloaded
 
 __all__ = [
     "CacheScope",
+    "DONE",
     "DeadlineExceeded",
     "HornbeamError",
+    "KeyStats",
     "ModelError",
     "Overloaded",
+    "Serving",
+    "ServingClosed",
+    "ServingStats",
+    "Stream",
+    "StreamClosed",
     "acache_clear",
     "acache_stats",
     "acached_inference",
     "aget_model",
+    "apredict",
     "asgi_app",
+    "awith_stream",
     "cache_clear",
     "cache_scope",
     "cache_stats",
     "cached_inference",
+    "current_stream",
     "get_model",
+    "predict",
     "register_fingerprint",
     "register_model",
+    "with_stream",
     "wsgi_app",
 ]

@@ -6,4 +6,12 @@ from hornbeam_state.errors import HornbeamError
 
 
 class ModelError(HornbeamError):
-    """A model failed to load, or none is registered under the name."""
+    """A model failed to load, broke its contract, or none is registered under the name."""
+
+
+class ServingClosed(HornbeamError):
+    """The serving takes no more calls; the message says whether it was closed or broke."""
+
+
+class StreamClosed(HornbeamError):
+    """The stream was closed, its thread ended, or it belongs to the parent of this process."""

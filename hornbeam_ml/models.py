@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hornbeam_ml.errors import ModelError
+from hornbeam_ml.serving.registry import start_all
 from hornbeam_state.errors import MISSING
 
 if TYPE_CHECKING:
@@ -153,12 +154,15 @@ async def aget_model(name: str) -> Any:
 
 
 def load_all() -> None:
-    """Load every registered model that is not loaded yet; blocks.
+    """Load every registered model and every serving that is not loaded yet; blocks.
+
+    Models come first: the `load` of a serving may ask for one.
 
     Raises:
         ModelError: one failed to load.
     """
     _models.load_all()
+    start_all()
 
 
 def registered_models() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -108,6 +109,30 @@ def limit_loaded(budget: int, environ: MutableMapping[str, str] = os.environ) ->
             # threadpoolctl 3.8 lets only the thread that first limited OpenBLAS do it again;
             # without this, `threadpool_limits` in request threads would do nothing.
             getattr(library, "clear_controlling_thread", lambda: None)()
+
+
+def process_share(parts: int) -> int:
+    """Return the compute threads of each of `parts` that compute at the same time: at least 1."""
+    return fair_share(thread_budget(usable_cores()), parts)
+
+
+def limit_this_thread(count: int) -> None:
+    """Let what torch and OpenMP compute in the calling thread use `count` threads.
+
+    Other threads, also those that start later, keep their number. Without torch, libraries that
+    count per process, such as OpenBLAS, are left alone.
+    """
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else count
+    if torch is not None and before > count:
+        # It sets the number of this thread, and that of threads which have not computed yet.
+        torch.set_num_threads(count)
+        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restore.start()
+        restore.join()
+    for library in ThreadpoolController().lib_controllers:
+        if library.internal_api == "openmp" and (library.num_threads or 0) > count:
+            library.set_num_threads(count)
 
 
 def _affinity() -> int:

@@ -1,0 +1,129 @@
+"""What a serving has done so far, in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyStats:
+    """The figures of one batch key."""
+
+    queued: int
+    batches: int
+    items: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingStats:
+    """The figures of a serving in this process, since it was loaded.
+
+    Attributes:
+        name: Its name, or None.
+        ready: Whether it is loaded, warm, and all of its streams run.
+        queued: Items that wait now; never more than the queue limit.
+        running: Items in batches that run now.
+        batches: Batches started; warm-up and `run_inline` do not count.
+        items: Items in them.
+        fill: Mean share of `batch_size` that a batch held, 0.0 to 1.0.
+        padding: Share of the rows that models were given which were padding.
+        wait_ms: Mean time an item waited for its batch.
+        longest_wait_ms: The longest such time.
+        run_ms: Mean time a batch took.
+        retries: Parts of failed batches that were run again to find the item at fault.
+        failed: Calls that ended with an error of the model.
+        refused: Calls that found the queue full.
+        expired: Calls whose deadline passed.
+        cancelled: Calls whose caller went away.
+        keys: The figures by batch key; with no keys declared the one key is None.
+    """
+
+    name: str | None
+    ready: bool
+    queued: int
+    running: int
+    batches: int
+    items: int
+    fill: float
+    padding: float
+    wait_ms: float
+    longest_wait_ms: float
+    run_ms: float
+    retries: int
+    failed: int
+    refused: int
+    expired: int
+    cancelled: int
+    keys: Mapping[Any, KeyStats]
+
+
+@dataclass
+class Tally:
+    """The counts behind `ServingStats`; changed under the lock of the queue."""
+
+    batches: int = 0
+    items: int = 0
+    rows: int = 0
+    wait_s: float = 0.0
+    longest_wait_s: float = 0.0
+    busy_s: float = 0.0
+    retries: int = 0
+    failed: int = 0
+    refused: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    by_key: dict[Hashable, list[int]] = field(default_factory=dict)  # batches, items
+
+    def start(self, key: Hashable, arrivals: Sequence[float], rows: int, now: float) -> None:
+        """Count a batch that starts now, with items that arrived then."""
+        self.batches += 1
+        self.items += len(arrivals)
+        self.rows += rows
+        self.wait_s += now * len(arrivals) - sum(arrivals)
+        self.longest_wait_s = max(self.longest_wait_s, now - min(arrivals))
+        counts = self.by_key.setdefault(key, [0, 0])
+        counts[0] += 1
+        counts[1] += len(arrivals)
+
+    def stats(
+        self,
+        *,
+        name: str | None,
+        ready: bool,
+        batch_size: int,
+        queued: Mapping[Any, int],
+        running: int,
+    ) -> ServingStats:
+        """Return the figures, given what is known of this moment."""
+        keys = {
+            key: KeyStats(queued=queued.get(key, 0), batches=counts[0], items=counts[1])
+            for key in {**queued, **self.by_key}
+            for counts in [self.by_key.get(key, [0, 0])]
+        }
+        return ServingStats(
+            name=name,
+            ready=ready,
+            queued=sum(queued.values()),
+            running=running,
+            batches=self.batches,
+            items=self.items,
+            fill=_ratio(self.items, self.batches * batch_size),
+            padding=_ratio(self.rows - self.items, self.rows),
+            wait_ms=1000 * _ratio(self.wait_s, self.items),
+            longest_wait_ms=1000 * self.longest_wait_s,
+            run_ms=1000 * _ratio(self.busy_s, self.batches),
+            retries=self.retries,
+            failed=self.failed,
+            refused=self.refused,
+            expired=self.expired,
+            cancelled=self.cancelled,
+            keys=keys,
+        )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
