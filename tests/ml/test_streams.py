@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import ContextVar
 
@@ -317,10 +318,13 @@ def test_closed_and_dropped_streams_leave_nothing_behind():
     for stream in streams[::2]:
         stream.run(int)
         stream.close()
+    owned = [weakref.ref(part) for stream in streams for part in (stream, stream._thread)]
     del stream
     streams.clear()
     gc.collect()
     until(lambda: not threads_of_streams(), "the threads end")
+    gc.collect()
+    assert [part for part in owned if part() is not None] == []
 
 
 def test_a_dropped_stream_still_runs_what_it_was_given(gate):
