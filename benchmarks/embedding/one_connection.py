@@ -1,0 +1,2 @@
+def run(bench, chosen, args, folder):
+    raise NotImplementedError
