@@ -97,6 +97,9 @@ def arguments() -> argparse.Namespace:
         help="where the peers' virtual environments are",
     )
     options.add_argument(
+        "--overload-seconds", type=float, default=60, help="of requests that come anyway"
+    )
+    options.add_argument(
         "--others",
         type=float,
         default=0.25,

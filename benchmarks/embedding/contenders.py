@@ -54,7 +54,7 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        return self.app == "hornbeam"
+        return self.app.startswith("hornbeam")
 
     def vector(self, answer: Any) -> list[float]:
         """Return the numbers in an answer."""
@@ -85,15 +85,15 @@ def infinity(name: str, loader: str, model: str, **rest: Any) -> Contender:
     )
 
 
-def hornbeam(backend: str, name: str = "") -> Contender:
+def hornbeam(backend: str, app: str = "hornbeam", engine: str = "") -> Contender:
     return Contender(
-        name=f"hornbeam-{name or backend}",
-        app="hornbeam",
-        engine=backend,
+        name=f"hornbeam-{backend}",
+        app=app,
+        engine=engine or backend,
         command=(
             *("{bin}/python", "-m", "gunicorn", "-k", "hornbeam_ml.worker.HornbeamWorker"),
             *("--workers", "{WORKERS}", "--bind", "127.0.0.1:{port}", "--no-control-socket"),
-            *("--chdir", str(APPS / "hornbeam"), "app:app"),
+            "app:app",
         ),
         chosen={"WORKERS": 1},
         environ={
@@ -166,6 +166,7 @@ ALL = (
         engine="onnx",
         chosen={"WORKERS": 1},
     ),
+    hornbeam("serving", app="hornbeam_serving", engine="torch"),
     hornbeam("torch"),
     hornbeam("onnx"),
     hornbeam("openvino"),
