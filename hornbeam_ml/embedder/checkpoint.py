@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml.embedder.settings import TextSettings, Unsupported
 from hornbeam_ml.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
+
+
+_LONGEST_TEXT: Final = 1_000_000  # tokens; tokenizers without a limit say 1e30
 
 
 class Checkpoint:
@@ -47,7 +50,7 @@ class Checkpoint:
             Unsupported: it takes something else than token ids.
         """
         model, first = self.sentence_model, self.modules[0]
-        tokenizer = getattr(model, "tokenizer", None)
+        tokenizer: Any = getattr(model, "tokenizer", None)
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise Unsupported("it has no tokenizer of the tokenizers library")
         if getattr(first, "auto_model", None) is None:
@@ -56,7 +59,7 @@ class Checkpoint:
             raise Unsupported("it cuts vectors (truncate_dim)")
         dim = model.get_embedding_dimension()
         limit = model.max_seq_length or tokenizer.model_max_length
-        if not dim or not limit or limit > 1_000_000:
+        if not dim or not limit or limit > _LONGEST_TEXT:
             raise Unsupported("its dimension or its longest text are not known")
         prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
         return TextSettings(
@@ -106,7 +109,7 @@ def _plain_encode(model: Any) -> Any:
 def _token_model(modules: Sequence[Any]) -> Any:
     import torch
 
-    class TokenModel(torch.nn.Module):
+    class TokenModel(torch.nn.Module):  # type: ignore[misc] # torch is untyped for us
         """The modules of a SentenceTransformer, from token ids to vectors."""
 
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ _EXAMPLE: Final = (2, 8)  # texts, tokens; both are left open in the result
 
 
 def to_openvino(model: Any, path: Path) -> None:
-    """Write a model from ids and mask, int64 (n, m), to vectors as OpenVINO's ``.xml`` and ``.bin``.
+    """Write a model from ids and mask, int64 (n, m), to vectors as OpenVINO's ``.xml``.
 
     About a second for all-MiniLM-L6-v2, with an error of 5e-6.
     """

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import numpy as np
 
 from hornbeam_ml import threads
-from hornbeam_ml.cache import acached_inference, cached_inference
 from hornbeam_ml.devices import check_device, pick_device
-from hornbeam_ml.embedder.directories import directory_of
-from hornbeam_ml.embedder.loading import Source, Wish
-from hornbeam_ml.embedder.probe import probe_texts
+from hornbeam_ml.embedder.cached import acached_vectors, cached_vectors
+from hornbeam_ml.embedder.loading import Wish
+from hornbeam_ml.embedder.model import Item, TextModel
 from hornbeam_ml.serving.serving import Serving
-from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
-    from hornbeam_ml.embedder.engines.base import Engine
     from hornbeam_ml.embedder.loading import AskedPrecision, Backend
     from hornbeam_ml.serving.stats import ServingStats
 
-CACHE_PREFIX: Final = "embeddings"
 _TOKENS_ON_CPU: Final = 1024
 _TOKENS_ON_GPU: Final = 32_768
 _TEXTS_ON_CPU: Final = 32
@@ -34,15 +28,6 @@ _TEXTS_ON_GPU: Final = 512
 _MOST_STREAMS: Final = 8
 _LONG_FOR_A_LOOP: Final = 20_000
 """Characters whose tokens take a few milliseconds: an event loop leaves them to a thread."""
-
-_MOST_AT_A_TIME: Final = 32
-
-
-class _Item(NamedTuple):
-    """A text as the engine takes it."""
-
-    prepared: Any
-    normalize: bool
 
 
 class Embedder:
@@ -96,20 +81,18 @@ class Embedder:
         self._cache = cache
         on_gpu = pick_device(check_device(device)) != "cpu"
         streams = 1 if on_gpu else min(threads.process_share(1), _MOST_STREAMS)
-        self._wish = Wish(
+        wish = Wish(
             backend=backend,
             precision=precision,
             device=pick_device(device),
             streams=streams,
         )
-        self._source: Source | None = None
-        self._engine: Engine | None = None
-        self._dim = 0
+        self._model = TextModel(self.model, wish)
         self._serving = Serving(
-            self._load,
+            self._model.load,
             name=name,
-            preprocess=self._prepared,
-            length=self._length,
+            preprocess=self._model.item,
+            length=self._model.length,
             batch_size=_TEXTS_ON_GPU if on_gpu else _TEXTS_ON_CPU,
             max_batch_tokens=max_batch_tokens or (_TOKENS_ON_GPU if on_gpu else _TOKENS_ON_CPU),
             streams=streams,
@@ -117,6 +100,7 @@ class Embedder:
             queue_limit=queue_limit,
             deadline_ms=deadline_ms,
         )
+        self._model.started_by(self._serving.start)
 
     # Calls.
 
@@ -147,14 +131,13 @@ class Embedder:
             ModelError: the model could not be loaded.
         """
         texts, single = _texts(text_or_texts)
-        self._serving.start()
-        wanted = self._normalizes(normalize)
+        request = self._request(normalize=normalize, timeout_ms=timeout_ms)
         if inline:
-            rows = self._serving.run_inline(self._items(texts, wanted))
+            rows = self._serving.run_inline(request.items(texts))
         elif self._cache:
-            rows = self._cached(texts, wanted, timeout_ms)
+            rows = cached_vectors(request, texts)
         else:
-            rows = self._serving.run_batch(self._items(texts, wanted), timeout_ms=timeout_ms)
+            rows = request.compute_all(texts)
         return self._array(rows, single=single)
 
     async def aencode(
@@ -167,16 +150,15 @@ class Embedder:
     ) -> Any:
         """Awaitable twin of `encode`. Cancelled, it takes back the texts that have not started."""
         texts, single = _texts(text_or_texts)
-        await self._serving.astart()
-        wanted = self._normalizes(normalize)
+        if not self._model.loaded:
+            await self.astart()
+        request = self._request(normalize=normalize, timeout_ms=timeout_ms)
         if inline:
-            rows = await self._serving.arun_inline(self._items(texts, wanted))
+            rows = await self._serving.arun_inline(await request.aitems(texts))
         elif self._cache:
-            calls = [self._acached_one(text, wanted, timeout_ms) for text in texts]
-            rows = [await calls[0]] if single else await _gathered(calls)
+            rows = await acached_vectors(request, texts)
         else:
-            items = await self._aitems(texts, wanted)
-            rows = await self._serving.arun_batch(items, timeout_ms=timeout_ms)
+            rows = await request.acompute_all(texts)
         return self._array(rows, single=single)
 
     # What it is.
@@ -185,17 +167,17 @@ class Embedder:
     def dim(self) -> int:
         """Numbers in a vector; loads the model."""
         self._serving.start()
-        return self._dim
+        return self._model.dim
 
     @property
     def backend(self) -> str:
         """The library that runs it; loads the model."""
-        return self._loaded().backend
+        return self._model.engine.backend
 
     @property
     def precision(self) -> str:
         """The arithmetic of its matrix products; loads the model."""
-        return self._loaded().precision
+        return self._model.engine.precision
 
     @property
     def fingerprint(self) -> str:
@@ -204,7 +186,7 @@ class Embedder:
         The same on every backend and in every precision: vectors of one fingerprint can be
         compared with each other.
         """
-        return self._found().fingerprint
+        return self._model.source.fingerprint
 
     @property
     def ready(self) -> bool:
@@ -227,7 +209,7 @@ class Embedder:
         Raises:
             ModelError: nothing is installed that could run it, or it cannot be converted.
         """
-        self._found().export(path, self._wish)
+        self._model.source.export(path, self._model.wish)
 
     async def aexport(self, path: str | PathLike[str]) -> None:
         """Awaitable twin of `export`."""
@@ -266,102 +248,57 @@ class Embedder:
     def __repr__(self) -> str:
         return f"Embedder({self.model!r})"
 
-    # On a stream's thread.
-
-    def _load(self) -> Any:
-        """Open the engine and warm it up, for all threads and for a stream's part of them."""
-        engine = self._found().open(self._wish)
-        share = threads.ThreadShare(self._wish.streams)
-        texts = [engine.prepare(text) for text in probe_texts()[::8]]
-        for alone in (True, False):
-            if self._wish.device == "cpu":
-                share.take(alone=alone)
-            vectors = engine.run(texts)
-        self._engine, self._dim = engine, vectors.shape[1]
-        return self._run
-
-    def _run(self, batch: Sequence[_Item]) -> list[Any]:
-        vectors = self._loaded().run([item.prepared for item in batch])
-        return [
-            _normalized(vector) if item.normalize else vector.copy()
-            for vector, item in zip(vectors, batch, strict=True)
-        ]
-
-    # Helpers.
-
-    def _found(self) -> Source:
-        if self._source is None:
-            self._source = Source(directory_of(self.model))
-        return self._source
-
-    def _loaded(self) -> Engine:
-        if self._engine is None:
-            self._serving.start()
-        if self._engine is None:
-            raise ConfigError("the embedder is being loaded by the thread that asks for it")
-        return self._engine
-
-    def _normalizes(self, normalize: bool | None) -> bool:
-        return self._loaded().normalizes if normalize is None else bool(normalize)
-
-    def _prepared(self, item: Any) -> _Item:
-        """Return what the engine takes: the `preprocess` of the serving."""
-        if isinstance(item, _Item):
-            return item
-        if not isinstance(item, str):
-            raise TypeError(f"an embedder takes a str, not {type(item).__qualname__}")
-        return _Item(self._loaded().prepare(item), self._normalizes(None))
-
-    def _length(self, item: _Item) -> int:
-        return self._loaded().length(item.prepared)
-
-    def _items(self, texts: Sequence[str], normalize: bool) -> list[_Item]:
-        prepare = self._loaded().prepare
-        return [_Item(prepare(text), normalize) for text in texts]
-
-    async def _aitems(self, texts: Sequence[str], normalize: bool) -> list[_Item]:
-        if sum(map(len, texts)) < _LONG_FOR_A_LOOP:
-            return self._items(texts, normalize)
-        return await asyncio.to_thread(self._items, texts, normalize)
+    def _request(self, *, normalize: bool | None, timeout_ms: float | None) -> _Request:
+        model = self._model
+        wanted = model.engine.normalizes if normalize is None else bool(normalize)
+        return _Request(model, self._serving, wanted, timeout_ms)
 
     def _array(self, rows: Sequence[Any], *, single: bool) -> Any:
         if single:
             return rows[0]
-        return np.stack(rows) if rows else np.empty((0, self._dim), np.float32)
+        return np.stack(rows) if rows else np.empty((0, self._model.dim), np.float32)
 
-    # The cache.
 
-    def _key(self, text: str, normalize: bool) -> tuple[Any, ...]:
-        """Return the key of a vector: the model, its numeric class, and the text."""
-        engine = self._loaded()
-        return self.fingerprint, engine.backend, engine.precision, normalize, text
+class _Request(NamedTuple):
+    """How the texts of one call are to be encoded: the `Vectors` of the cache."""
 
-    def _cached(self, texts: Sequence[str], normalize: bool, timeout_ms: float | None) -> list[Any]:
-        def one(text: str) -> Any:
-            return cached_inference(
-                lambda text: self._serving.run_batch(
-                    self._items([text], normalize), timeout_ms=timeout_ms
-                )[0],
-                text,
-                cache_key=self._key(text, normalize),
-                cache_prefix=CACHE_PREFIX,
-            )
+    model: TextModel
+    serving: Serving
+    normalize: bool
+    timeout_ms: float | None
 
-        if len(texts) < 2:
-            return [one(text) for text in texts]
-        # Each text is a call of its own that others may wait for; together they make batches.
-        contexts = [contextvars.copy_context() for _ in texts]
-        with ThreadPoolExecutor(min(len(texts), _MOST_AT_A_TIME)) as pool:
-            return list(pool.map(lambda context, text: context.run(one, text), contexts, texts))
+    def key(self, text: str) -> tuple[Any, ...]:
+        """Return the model, its numeric class, and the text."""
+        engine, fingerprint = self.model.engine, self.model.source.fingerprint
+        return fingerprint, engine.backend, engine.precision, self.normalize, text
 
-    async def _acached_one(self, text: str, normalize: bool, timeout_ms: float | None) -> Any:
-        async def compute(text: str) -> Any:
-            items = await self._aitems([text], normalize)
-            return (await self._serving.arun_batch(items, timeout_ms=timeout_ms))[0]
+    def items(self, texts: Sequence[str]) -> list[Item]:
+        """Return texts as the serving takes them."""
+        prepare = self.model.engine.prepare
+        return [Item(prepare(text), self.normalize) for text in texts]
 
-        return await acached_inference(
-            compute, text, cache_key=self._key(text, normalize), cache_prefix=CACHE_PREFIX
-        )
+    async def aitems(self, texts: Sequence[str]) -> list[Item]:
+        """Awaitable twin of `items`."""
+        if sum(map(len, texts)) < _LONG_FOR_A_LOOP:
+            return self.items(texts)
+        return await asyncio.to_thread(self.items, texts)
+
+    def compute(self, text: str) -> Any:
+        """Return the vector of a text."""
+        return self.compute_all([text])[0]
+
+    async def acompute(self, text: str) -> Any:
+        """Awaitable twin of `compute`."""
+        return (await self.acompute_all([text]))[0]
+
+    def compute_all(self, texts: Sequence[str]) -> list[Any]:
+        """Return the vectors of some texts."""
+        return self.serving.run_batch(self.items(texts), timeout_ms=self.timeout_ms)
+
+    async def acompute_all(self, texts: Sequence[str]) -> list[Any]:
+        """Awaitable twin of `compute_all`."""
+        items = await self.aitems(texts)
+        return await self.serving.arun_batch(items, timeout_ms=self.timeout_ms)
 
 
 def _texts(text_or_texts: Any) -> tuple[list[str], bool]:
@@ -379,19 +316,3 @@ def _texts(text_or_texts: Any) -> tuple[list[str], bool]:
                 f"encode takes a str or a list of str, not {type(text).__qualname__} in a list"
             )
     return texts, False
-
-
-async def _gathered(calls: Sequence[Any]) -> list[Any]:
-    """Await all calls; the first error ends the others."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _normalized(vector: Any) -> Any:
-    """Return a vector scaled to length 1, as torch's ``normalize`` does it: never by less."""
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)

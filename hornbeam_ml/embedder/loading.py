@@ -200,7 +200,7 @@ class Source:
         return open_engine(workshop, best.backend, best.precision)  # type: ignore[arg-type]
 
     def _prepared(
-        self, kept: Workshop, wish: Wish, candidates: list[tuple[str, Precision]]
+        self, kept: Workshop, wish: Wish, candidates: Sequence[tuple[str, str]]
     ) -> Report:
         """Have a process of its own convert and measure."""
         request = Request(
