@@ -211,18 +211,7 @@ class Source:
             engines=list(candidates),
             streams=wish.streams,
         )
-        ran = subprocess.run(
-            [sys.executable, "-m", "hornbeam_ml.embedder.prepare"],
-            input=msgspec.json.encode(request),
-            capture_output=True,
-            timeout=_LONGEST_PREPARATION_S,
-            check=False,
-        )
-        try:
-            return msgspec.json.decode(ran.stdout, type=Report)
-        except msgspec.DecodeError:
-            last = ran.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise ModelError(f"preparing it ended with {ran.returncode}: {last[0]}") from None
+        return _run_preparation(request)
 
     def _without_choice(self, wish: Wish, error: Exception) -> Engine:
         """Make do with torch, which needs no preparation."""
@@ -273,3 +262,24 @@ def _remembered(kept: Workshop, name: str) -> Report | None:
     best = report.best()
     file = FILES.get((best.backend, best.precision)) if best else None
     return report if file is None or kept.path(file).is_file() else None
+
+
+def _run_preparation(request: Request) -> Report:
+    """Have `prepare` do what is asked for, and wait.
+
+    Raises:
+        ModelError: it crashed.
+        subprocess.TimeoutExpired: it took too long.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-m", "hornbeam_ml.embedder.prepare"],
+        input=msgspec.json.encode(request),
+        capture_output=True,
+        timeout=_LONGEST_PREPARATION_S,
+        check=False,
+    )
+    try:
+        return msgspec.json.decode(ran.stdout, type=Report)
+    except msgspec.DecodeError:
+        last = ran.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise ModelError(f"preparing it ended with {ran.returncode}: {last[0]}") from None
