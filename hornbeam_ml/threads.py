@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from threadpoolctl import ThreadpoolController
 
@@ -116,64 +116,23 @@ def process_share(parts: int) -> int:
     return fair_share(thread_budget(usable_cores()), parts)
 
 
-class ThreadShare:
-    """The compute threads of one thread among several that compute; to be used in that thread.
+def limit_this_thread(count: int) -> None:
+    """Let what torch and OpenMP compute in the calling thread use `count` threads.
 
-    It has its part of the process's, or all of them for as long as it is the only one that
-    computes. Other threads, also those that start later, keep their number. Without torch,
-    libraries that count per process, such as OpenBLAS, are left alone.
-
-    Args:
-        parts: How many such threads there are.
+    Other threads, also those that start later, keep their number. Without torch, libraries that
+    count per process, such as OpenBLAS, are left alone.
     """
-
-    def __init__(self, parts: int) -> None:
-        self._part = process_share(parts)
-        self._all = process_share(1)
-        self._now = 0
-        self._of_torch = 0  # what it used here before
-
-    def take(self, *, alone: bool) -> None:
-        """Let what this thread computes next use its part, or all threads when it is alone."""
-        count = self._all if alone else self._part
-        if count == self._now:
-            return
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            self._of_torch = self._of_torch or torch.get_num_threads()
-        if not self._now:
-            _limit_openmp(self._part)
-        self._now = _shares.count = count
-        if torch is not None:
-            _set_threads_of_torch(torch, min(count, self._of_torch), self._of_torch)
-
-
-def current_share() -> int:
-    """Return how many compute threads the calling thread may use now."""
-    count: int = getattr(_shares, "count", 0)
-    return count or process_share(1)
-
-
-def _set_threads_of_torch(torch: Any, count: int, of_others: int) -> None:
-    """Set the number of the calling thread; a switch down takes about 0.1 ms."""
-    if torch.get_num_threads() == count:
-        return
-    # It sets the number of this thread, and that of threads which have not computed yet.
-    torch.set_num_threads(count)
-    if count != of_others:
-        restore = threading.Thread(target=torch.set_num_threads, args=(of_others,))
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else count
+    if torch is not None and before > count:
+        # It sets the number of this thread, and that of threads which have not computed yet.
+        torch.set_num_threads(count)
+        restore = threading.Thread(target=torch.set_num_threads, args=(before,))
         restore.start()
         restore.join()
-
-
-def _limit_openmp(count: int) -> None:
-    """Lower the number of every copy of OpenMP, which counts per thread, for this thread."""
     for library in ThreadpoolController().lib_controllers:
         if library.internal_api == "openmp" and (library.num_threads or 0) > count:
             library.set_num_threads(count)
-
-
-_shares = threading.local()  # .count: set by `ThreadShare`
 
 
 def _affinity() -> int:

@@ -80,11 +80,10 @@ class TextModel:
     def load(self) -> Callable[[Sequence[Item]], list[Any]]:
         """Open the engine and warm it up, for all threads and for a stream's part of them."""
         engine = self.source.open(self.wish)
-        share = threads.ThreadShare(self.wish.streams)
         texts = [engine.prepare(text) for text in probe_texts()[::8]]
-        for alone in (True, False):
+        for parts in (1, self.wish.streams):
             if self.wish.device == "cpu":
-                share.take(alone=alone)
+                threads.limit_this_thread(threads.process_share(parts))
             self.dim = engine.run(texts).shape[1]
         self._engine = engine
         return self.run

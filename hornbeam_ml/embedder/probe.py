@@ -10,7 +10,7 @@ import numpy as np
 
 from hornbeam_ml.embedder.measurements import Measurement
 from hornbeam_ml.embedder.settings import Unsupported
-from hornbeam_ml.threads import ThreadShare
+from hornbeam_ml.threads import limit_this_thread, process_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +91,7 @@ def measure(engine: Engine, reference: Any, streams: int) -> Measurement:
     items = [engine.prepare(text) for text in texts]
     batches = [items[at : at + _BATCH] for at in range(0, len(items), _BATCH)]
     cosine = least_cosine(vectors_of(engine, texts), reference)
-    with ThreadPoolExecutor(streams, initializer=_take_part, initargs=(streams,)) as pool:
+    with ThreadPoolExecutor(streams, initializer=limit_this_thread, initargs=(process_share(streams),)) as pool:
         best = min(_seconds(pool, engine, batches, streams) for _ in range(_PASSES))
     return Measurement(
         backend=engine.backend,
@@ -99,10 +99,6 @@ def measure(engine: Engine, reference: Any, streams: int) -> Measurement:
         texts_per_s=round(len(texts) * streams / best, 1),
         cosine=round(cosine, 6),
     )
-
-
-def _take_part(streams: int) -> None:
-    ThreadShare(streams).take(alone=False)
 
 
 def _seconds(

@@ -138,11 +138,10 @@ class StreamingCall(Call):
 class Entry:
     """One item of a call."""
 
-    __slots__ = ("call", "heads_batch", "index", "item", "lane", "length")
+    __slots__ = ("call", "heads_batch", "index", "item", "lane")
 
-    def __init__(self, call: Call, index: int, item: Any, lane: Lane, length: int = 1) -> None:
+    def __init__(self, call: Call, index: int, item: Any, lane: Lane) -> None:
         self.call = call
-        self.length = length
         self.index = index
         self.item = item
         self.lane = lane

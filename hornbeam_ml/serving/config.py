@@ -40,15 +40,11 @@ class ServingConfig:
     warmup: Any
     queue_limit: int
     deadline_ms: float | None
-    length: Callable[[Any], int] | None = None
-    max_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_callables()
-        for name in ("batch_size", "streams", "instances", "queue_limit", "max_batch_tokens"):
+        for name in ("batch_size", "streams", "instances", "queue_limit"):
             value = getattr(self, name)
-            if name == "max_batch_tokens" and value is None:
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r}: give a whole number from 1 up")
         if not _is_time(self.batch_timeout_ms):
@@ -84,26 +80,6 @@ class ServingConfig:
         """Return how many rows a batch of `count` items is padded to."""
         return bucket_for(count, self.buckets)
 
-    @property
-    def max_tokens(self) -> float | None:
-        """The most tokens in a batch, padding included; None: items have no length."""
-        if self.length is None:
-            return None
-        return math.inf if self.max_batch_tokens is None else self.max_batch_tokens
-
-    def length_of(self, item: Any) -> int:
-        """Return the tokens of a prepared item; 1 when items have no length.
-
-        Raises:
-            ValueError: `length` returned something else than a whole number from 1 up.
-        """
-        if self.length is None:
-            return 1
-        length = self.length(item)
-        if not isinstance(length, int) or length < 1:
-            raise ValueError(f"{self.label}: length returned {length!r}, no number from 1 up")
-        return length
-
     def prepare(self, item: Any) -> Any:
         """Return what the model gets for an item of a caller."""
         return _applied(self.preprocess, item)
@@ -125,14 +101,12 @@ class ServingConfig:
             raise ConfigError("load is a function that returns the batch function")
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise ConfigError(f"name={self.name!r}: give a non-empty str, or None")
-        for name in ("preprocess", "postprocess", "length"):
+        for name in ("preprocess", "postprocess"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ConfigError(f"{name}={value!r}: give a function, or None")
 
     def _check_batches(self) -> None:
-        if self.max_batch_tokens is not None and self.length is None:
-            raise ConfigError("max_batch_tokens needs length, a function that counts them")
         if self.collate not in ("list", "stack"):
             raise ConfigError(f"collate={self.collate!r}: use 'list' or 'stack'")
         if self.compile not in (None, "torch"):

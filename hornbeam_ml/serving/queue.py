@@ -31,14 +31,12 @@ class Taker:
     Attributes:
         batch: The entries it works on.
         since: When it took them.
-        alone: Whether no other batch ran then, and nothing was left waiting.
         until: While it waits for a batch: when it wakes by itself.
     """
 
     def __init__(self) -> None:
         self.batch: Sequence[Entry] = ()
         self.since = 0.0
-        self.alone = False
         self.until = inf
         self._gate = threading.Lock()
         self._gate.acquire()
@@ -61,7 +59,6 @@ class BatchQueue:
         batch_size: The most items in a batch.
         timer_s: How long the first item of a lane waits for others.
         limit: The most items that wait.
-        max_tokens: The most tokens in a batch of items of similar length; see `Policy`.
         rows_for: From the number of items in a batch to the rows it is padded to.
         clock: Seconds.
     """
@@ -73,7 +70,6 @@ class BatchQueue:
         batch_size: int,
         timer_s: float = 0.0,
         limit: int = 1024,
-        max_tokens: float | None = None,
         rows_for: Callable[[int], int] = int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,7 +80,7 @@ class BatchQueue:
         self._limit = limit
         self._rows_for = rows_for
         self._lock = threading.Lock()
-        self._policy: Policy[Entry] = Policy(batch_size, timer_s, max_tokens)
+        self._policy: Policy[Entry] = Policy(batch_size, timer_s)
         self._feed: deque[Entry] = deque()  # of the one call that is larger than the room
         self._unfinished: set[Call] = set()
         self._takers: set[Taker] = set()
@@ -188,7 +184,6 @@ class BatchQueue:
             taker.batch, taker.since = batch, now
             other, over = None, self._is_over()
             if batch:
-                taker.alone = not len(self._policy) and self._is_only_one(taker)
                 other = self._taker_to_wake(now)
             elif not over:
                 taker.until = self._policy.ready_at()
@@ -332,26 +327,17 @@ class BatchQueue:
     def _cut(self, now: float) -> tuple[list[Entry], list[Call]]:
         gone: list[Call] = []
         while True:
-            cut = self._policy.cut(now, takers=len(self._idle) + 1)
+            cut = self._policy.cut(now)
             late = _unfinished(cut.late)
             self._expire(late)
             gone += late
             self._feed_in(now)
             batch = [entry for entry in cut.batch if self._start(entry)]
             if batch:
-                self._count(batch, now)
+                rows = self._rows_for(len(batch))
+                self.tally.start(batch[0].lane.key, [entry.arrived for entry in batch], rows, now)
             if batch or not (cut.batch or cut.late):
                 return batch, gone
-
-    def _count(self, batch: Sequence[Entry], now: float) -> None:
-        """Note a batch that starts: every row of it is as long as its longest item."""
-        lengths = [entry.length for entry in batch]
-        given = self._rows_for(len(batch)) * max(lengths)
-        arrivals = [entry.arrived for entry in batch]
-        self.tally.start(batch[0].lane.key, arrivals, sum(lengths), given, now)
-
-    def _is_only_one(self, taker: Taker) -> bool:
-        return all(other is taker or not other.batch for other in self._takers)
 
     def _start(self, entry: Entry) -> bool:
         """Return whether to run an entry: somebody waits for it."""

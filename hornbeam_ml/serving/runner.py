@@ -57,7 +57,6 @@ class Runner:
             batch_size=config.batch_size,
             timer_s=config.batch_timeout_ms / 1000,
             limit=config.queue_limit,
-            max_tokens=config.max_tokens,
             rows_for=config.rows_for,
         )
         self.failed = False
@@ -132,7 +131,7 @@ class Runner:
         device = first.stream.device
         try:
             model = LoadedModel.load(self._config, device)
-            first.use_threads(alone=False)
+            self._limit_threads(first)  # what torch compiles for one number is no use for another
             model.warm_up()
             others = [self._add_seat(device) for _ in range(self._config.streams - 1)]
         except BaseException as error:  # noqa: BLE001 - every caller gets it
@@ -168,14 +167,14 @@ class Runner:
 
     # Streams.
 
-    def _share_of(self, stream: Stream) -> threads.ThreadShare | None:
-        """Return the compute threads of a stream among its neighbours on a CPU."""
-        return threads.ThreadShare(self._config.streams) if stream.device == "cpu" else None
+    def _limit_threads(self, seat: _Seat) -> None:
+        """Give the calling thread, of a stream on a CPU, its part of the compute threads."""
+        if self._config.streams > 1 and seat.stream.device == "cpu":
+            threads.limit_this_thread(threads.process_share(self._config.streams))
 
     def _add_seat(self, device: str) -> _Seat:
         name = f"{self._config.name or 'serving'}-{len(self._seats) + 1}"
-        stream = Stream(device, name=name)
-        seat = _Seat(stream, self.queue.add_taker(), self._share_of(stream))
+        seat = _Seat(Stream(device, name=name), self.queue.add_taker())
         with self._lock:
             self._seats.append(seat)
         return seat
@@ -187,15 +186,13 @@ class Runner:
 
     def _serve(self, seat: _Seat) -> None:
         """Run batches until the queue ends; on a stream's thread."""
-        # What torch compiles for one number of threads is no use for another.
-        may_have_all = self._config.compile is None
+        self._limit_threads(seat)
         with self._lock:
             self._set_up += 1
             seat.serves = True
         if self.ready:
             self._set_loaded(None)
         while entries := self.queue.take(seat.taker):
-            seat.use_threads(alone=may_have_all and seat.taker.alone)
             run_batch(entries, seat.model, self.queue, self.template)
             self._faults = 0
             del entries
@@ -255,19 +252,13 @@ class _Seat:
         left: Done when the stream has left it.
     """
 
-    def __init__(self, stream: Stream, taker: Taker, share: threads.ThreadShare | None) -> None:
+    def __init__(self, stream: Stream, taker: Taker) -> None:
         self.stream = stream
         self.taker = taker
-        self._share = share
         self.model: Any = None
         self.serves = False
         self.finished = False
         self.left: Future[None] = Future()
-
-    def use_threads(self, *, alone: bool) -> None:
-        """Give the calling thread, which is the stream's, its part of the compute threads."""
-        if self._share is not None:
-            self._share.take(alone=alone)
 
 
 _runners: weakref.WeakSet[Runner] = weakref.WeakSet()  # to be told of a fork and of the exit

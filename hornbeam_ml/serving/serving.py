@@ -73,11 +73,6 @@ class Serving:
             have to match the first item whose batch succeeded.
         queue_limit: The most items that wait.
         deadline_ms: The `timeout_ms` of calls that give none; None: they wait as long as it takes.
-        length: Returns the tokens of a (preprocessed) item, at least 1; called in the caller's
-            thread or task. A batch then holds items of similar length, so that little of it is
-            padding. The oldest item that waits is always in the next batch.
-        max_batch_tokens: With `length`: the most tokens in a batch, each item counted with the
-            length of the longest. An item of more goes alone.
 
     Raises:
         ConfigError: a setting makes no sense.
@@ -107,8 +102,6 @@ class Serving:
         warmup: Any = None,
         queue_limit: int = 1024,
         deadline_ms: float | None = None,
-        length: Callable[[Any], int] | None = None,
-        max_batch_tokens: int | None = None,
     ) -> None:
         self._config = ServingConfig(
             load=load,
@@ -127,8 +120,6 @@ class Serving:
             warmup=warmup,
             queue_limit=queue_limit,
             deadline_ms=deadline_ms,
-            length=length,
-            max_batch_tokens=max_batch_tokens,
         )
         self._keys = self._config.keys
         self._lock = threading.Lock()
@@ -399,9 +390,9 @@ class Serving:
         now = runner.queue.clock()
         deadline = inf if timeout_ms is None else now + timeout_ms / 1000
         call = kind(len(items), now, deadline, waker)
-        lane_of, length_of = runner.template.lane_of, self._config.length_of
+        lane_of = runner.template.lane_of
         entries = [
-            Entry(call, index, item, lane_of(item, key, streams=kind.streams), length_of(item))
+            Entry(call, index, item, lane_of(item, key, streams=kind.streams))
             for index, item in enumerate(items)
         ]
         runner.queue.admit(call, entries)

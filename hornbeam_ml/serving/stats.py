@@ -30,8 +30,7 @@ class ServingStats:
         batches: Batches started; warm-up and `run_inline` do not count.
         items: Items in them.
         fill: Mean share of `batch_size` that a batch held, 0.0 to 1.0.
-        padding: Share of what models were given that was padding: of the rows, or of the tokens
-            where items have a length.
+        padding: Share of the rows that models were given which were padding.
         wait_ms: Mean time an item waited for its batch.
         longest_wait_ms: The longest such time.
         run_ms: Mean time a batch took.
@@ -68,8 +67,7 @@ class Tally:
 
     batches: int = 0
     items: int = 0
-    tokens: int = 0  # 1 for an item without a length
-    given: int = 0  # the same with padding
+    rows: int = 0
     wait_s: float = 0.0
     longest_wait_s: float = 0.0
     busy_s: float = 0.0
@@ -80,14 +78,11 @@ class Tally:
     cancelled: int = 0
     by_key: dict[Hashable, list[int]] = field(default_factory=dict)  # batches, items
 
-    def start(
-        self, key: Hashable, arrivals: Sequence[float], tokens: int, given: int, now: float
-    ) -> None:
+    def start(self, key: Hashable, arrivals: Sequence[float], rows: int, now: float) -> None:
         """Count a batch that starts now, with items that arrived then."""
         self.batches += 1
         self.items += len(arrivals)
-        self.tokens += tokens
-        self.given += given
+        self.rows += rows
         self.wait_s += now * len(arrivals) - sum(arrivals)
         self.longest_wait_s = max(self.longest_wait_s, now - min(arrivals))
         counts = self.by_key.setdefault(key, [0, 0])
@@ -117,7 +112,7 @@ class Tally:
             batches=self.batches,
             items=self.items,
             fill=_ratio(self.items, self.batches * batch_size),
-            padding=_ratio(self.given - self.tokens, self.given),
+            padding=_ratio(self.rows - self.items, self.rows),
             wait_ms=1000 * _ratio(self.wait_s, self.items),
             longest_wait_ms=1000 * self.longest_wait_s,
             run_ms=1000 * _ratio(self.busy_s, self.batches),

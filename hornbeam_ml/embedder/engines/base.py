@@ -14,7 +14,7 @@ class Engine(Protocol):
     """The weights of a model, and the library that runs them.
 
     Calls come from several threads at once. How many cores each may use, the engine asks
-    `hornbeam_ml.threads.current_share`.
+    `hornbeam_ml.threads.current_limit`.
     """
 
     @property

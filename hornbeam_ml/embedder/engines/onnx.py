@@ -42,7 +42,7 @@ class OnnxEngine(TokenEngine):
         self._lock = threading.Lock()
 
     def _vectors(self, ids: Any, mask: Any) -> Any:
-        session = self._session(threads.current_share())
+        session = self._session(threads.current_limit())
         return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
 
     def _session(self, share: int) -> Any:

@@ -48,7 +48,7 @@ class OpenVinoEngine(TokenEngine):
         self._requests = threading.local()
 
     def _vectors(self, ids: Any, mask: Any) -> Any:
-        request = self._request(threads.current_share())
+        request = self._request(threads.current_limit())
         request.infer({0: ids, 1: mask}, share_inputs=True)
         return request.get_output_tensor(0).data.copy()
 
