@@ -26,7 +26,7 @@ from hornbeam_ml.devices import pick_device
 from hornbeam_ml.errors import ModelError, ServingClosed
 from hornbeam_ml.serving.bisection import run_batch
 from hornbeam_ml.serving.model import LoadedModel, Steps
-from hornbeam_ml.serving.queue import BatchQueue, Taker
+from hornbeam_ml.serving.queue import BatchQueue
 from hornbeam_ml.serving.template import Template
 from hornbeam_ml.streams import Stream, current_stream
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from hornbeam_ml.serving.config import ServingConfig
+    from hornbeam_ml.serving.takers import Taker
 
 logger = logging.getLogger("hornbeam.serving")
 _EXIT_WAIT_S: Final = 2.0

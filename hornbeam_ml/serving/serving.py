@@ -309,7 +309,7 @@ class Serving:
         """Return the figures of this process."""
         runner = self._runner
         if runner is None:
-            return Tally().stats(name=self.name, ready=False, batch_size=1, queued={}, running=0)
+            return Tally().stats(name=self.name, ready=False, queued={}, running=0)
         return runner.queue.stats(name=self.name, ready=runner.ready)
 
     def close(self, *, drain: bool = True, timeout: float = 30) -> None:
