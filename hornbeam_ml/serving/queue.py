@@ -22,6 +22,7 @@ from hornbeam_state.errors import DeadlineExceeded, Overloaded
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+
 class BatchQueue:
     """The waiting calls of a serving. Safe to use from any thread.
 

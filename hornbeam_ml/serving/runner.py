@@ -58,6 +58,7 @@ class Runner:
             batch_size=config.batch_size,
             timer_s=config.batch_timeout_ms / 1000,
             limit=config.queue_limit,
+            max_tokens=config.max_tokens,
             rows_for=config.rows_for,
         )
         self.failed = False

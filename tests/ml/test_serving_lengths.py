@@ -107,33 +107,46 @@ def test_runs_hold_everything_once_and_obey_the_limits(lengths, size, max_tokens
 
 
 @pytest.mark.parametrize(
-    ("timer", "arrivals", "now", "streams", "expected", "ready_at"),
+    ("timer", "arrivals", "now", "expected", "ready_at"),
     [
-        pytest.param(0, [(0, [9, 2, 8, 1])], 0, 1, [[1, 2, 8, 9]], inf, id="all that wait, sorted"),
-        pytest.param(0, [(0, [9]), (1, [1, 1, 1, 8])], 1, 1, [[1, 1, 8, 9], [1]], inf, id="with the oldest"),
-        pytest.param(0, [(0, [5]), (1, [1, 2, 6, 7, 30])], 1, 1, [[2, 5, 6, 7], [1], [30]], inf, id="its nearest"),
-        pytest.param(0, [(0, [40, 2, 2])], 0, 1, [[40], [2, 2]], inf, id="within the budget"),
-        pytest.param(0, [(0, [2, 99, 2])], 0, 1, [[2, 2], [99]], inf, id="over the budget, alone"),
-        pytest.param(0, [(0, [1, 9, 2, 8])], 0, 2, [[1, 2], [9], [8]], inf, id="shared out"),
-        pytest.param(0, [(0, [1, 9])], 0, 2, [[1], [9]], inf, id="one for each stream"),
-        pytest.param(0, [(0, [1])], 0, 2, [[1]], inf, id="one alone"),
-        pytest.param(5, [(0, [1, 2, 3])], 4, 1, [], 5, id="timer: not yet"),
-        pytest.param(5, [(0, [1, 2, 3])], 5, 1, [[1, 2, 3]], inf, id="timer: now"),
-        pytest.param(5, [(0, [1, 2]), (1, [3, 4])], 1, 1, [[1, 2, 3, 4]], inf, id="full"),
-        pytest.param(5, [(0, [1, 2]), (1, [3, 4])], 1, 2, [[1, 2, 3, 4]], inf, id="a timer shares nothing out"),
-        pytest.param(5, [(0, [15, 1])], 0, 1, [], 5, id="a further one of these would fit"),
-        pytest.param(5, [(0, [20]), (1, [20])], 1, 1, [[20, 20]], inf, id="the budget is used up"),
-        pytest.param(5, [(0, [99])], 0, 1, [[99]], inf, id="more than the budget"),
-        pytest.param(5, [(0, [1]), (1, [99])], 1, 1, [], 5, id="full is the batch of the oldest"),
-        pytest.param(5, [(0, [30]), (1, [1, 1])], 1, 1, [[30]], 6, id="the rest waits for its own timer"),
+        pytest.param(0, [(0, [9, 2, 8, 1])], 0, [[1, 2, 8, 9]], inf, id="all that wait, sorted"),
+        pytest.param(0, [(0, [9]), (1, [1, 1, 1, 8])], 1, [[1, 1, 8, 9], [1]], inf, id="with the oldest"),
+        pytest.param(0, [(0, [5]), (1, [1, 2, 6, 7, 30])], 1, [[2, 5, 6, 7], [1], [30]], inf, id="its nearest"),
+        pytest.param(0, [(0, [40, 2, 2])], 0, [[40], [2, 2]], inf, id="within the budget"),
+        pytest.param(0, [(0, [2, 99, 2])], 0, [[2, 2], [99]], inf, id="over the budget, alone"),
+        pytest.param(5, [(0, [1, 2, 3])], 4, [], 5, id="timer: not yet"),
+        pytest.param(5, [(0, [1, 2, 3])], 5, [[1, 2, 3]], inf, id="timer: now"),
+        pytest.param(5, [(0, [1, 2]), (1, [3, 4])], 1, [[1, 2, 3, 4]], inf, id="full"),
+        pytest.param(5, [(0, [15, 1])], 0, [], 5, id="a further one of these would fit"),
+        pytest.param(5, [(0, [20]), (1, [20])], 1, [[20, 20]], inf, id="the budget is used up"),
+        pytest.param(5, [(0, [99])], 0, [[99]], inf, id="more than the budget"),
+        pytest.param(5, [(0, [1]), (1, [99])], 1, [], 5, id="full is the batch of the oldest"),
+        pytest.param(5, [(0, [30]), (1, [1, 1])], 1, [[30]], 6, id="the rest waits for its own timer"),
     ],
 )  # fmt: skip
-def test_which_batches_are_ready(timer, arrivals, now, streams, expected, ready_at):
+def test_which_batches_are_ready(timer, arrivals, now, expected, ready_at):
     """Of at most 4 items and 48 tokens."""
     policy = filled(Policy(4, timer, 48), *arrivals)
-    assert batches(policy, now, streams) == expected
+    assert batches(policy, now) == expected
     assert policy.ready_at() == ready_at
     assert len(policy) == sum(len(lengths) for _, lengths in arrivals) - sum(map(len, expected))
+
+
+@pytest.mark.parametrize(
+    ("timer", "lengths", "streams", "expected"),
+    [
+        pytest.param(0, [1], 2, [[1]], id="one alone"),
+        pytest.param(0, [1, 9], 2, [[1], [9]], id="one for each stream"),
+        pytest.param(0, [1, 9, 2, 8], 2, [[1, 2], [9], [8]], id="a half each"),
+        pytest.param(0, [4, 9, 5, 8], 4, [[4], [9], [5], [8]], id="a quarter each"),
+        pytest.param(0, [9] * 12, 2, [[9] * 4, [9] * 4, [9] * 2, [9], [9]], id="at most a full batch"),
+        pytest.param(1, [1, 9, 2, 8], 2, [[1, 2, 8, 9]], id="nothing with a timer"),
+    ],
+)  # fmt: skip
+def test_streams_share_what_waits(timer, lengths, streams, expected):
+    """Two that run at the same time are sooner done than one that runs everything."""
+    policy = filled(Policy(4, timer, inf), (0, lengths))
+    assert batches(policy, 1, streams) == expected
 
 
 def test_calls_of_a_full_batch_are_not_kept_together():
