@@ -91,7 +91,9 @@ def measure(engine: Engine, reference: Any, streams: int) -> Measurement:
     items = [engine.prepare(text) for text in texts]
     batches = [items[at : at + _BATCH] for at in range(0, len(items), _BATCH)]
     cosine = least_cosine(vectors_of(engine, texts), reference)
-    with ThreadPoolExecutor(streams, initializer=limit_this_thread, initargs=(process_share(streams),)) as pool:
+    with ThreadPoolExecutor(
+        streams, initializer=limit_this_thread, initargs=(process_share(streams),)
+    ) as pool:
         best = min(_seconds(pool, engine, batches, streams) for _ in range(_PASSES))
     return Measurement(
         backend=engine.backend,

@@ -467,9 +467,14 @@ def test_an_export_has_no_weights_for_torch(exported):
 def test_half_written_files_are_never_seen(tmp_path):
     """A converter that fails leaves nothing under the name."""
     workshop = Workshop(tmp_path)
-    with pytest.raises(RuntimeError), workshop.writing("a/model.xml") as path:
-        path.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with workshop.writing("a/model.xml") as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list((tmp_path / "a").iterdir()) == []
     with workshop.writing("a/model.xml") as path:
         path.write_text("whole")
