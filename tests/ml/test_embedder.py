@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,8 +50,14 @@ def in_this_process(request, monkeypatch):
 
     Tests that ask for `own_process` do it as it is done.
     """
+
+    def prepare_here(wanted):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # converters warn of their own ends
+            return prepare(wanted)
+
     if "own_process" not in request.fixturenames:
-        monkeypatch.setattr(loading, "_run_preparation", prepare)
+        monkeypatch.setattr(loading, "_run_preparation", prepare_here)
 
 
 @pytest.fixture
