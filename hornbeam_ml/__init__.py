@@ -22,6 +22,7 @@ from hornbeam_ml.cache import (
     cache_stats,
     cached_inference,
 )
+from hornbeam_ml.embedder import Embedder
 from hornbeam_ml.errors import ModelError, ServingClosed, StreamClosed
 from hornbeam_ml.identity import register_fingerprint
 from hornbeam_ml.models import aget_model, get_model, register_model
@@ -34,6 +35,7 @@ __all__ = [
     "CacheScope",
     "DONE",
     "DeadlineExceeded",
+    "Embedder",
     "HornbeamError",
     "KeyStats",
     "ModelError",

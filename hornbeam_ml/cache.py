@@ -81,6 +81,10 @@ class Cache:
         self._metrics = Metrics(_metrics_directory(store))
         self._unstorable: set[str] = set()
 
+    def slot(self) -> int | None:
+        """Return the number of this process; see `Metrics.slot`."""
+        return self._metrics.slot()
+
     def run(self, call: _Call, compute: Callable[[], Any]) -> Any:
         """Return the cached result of a call, computing it if need be."""
         found = self._look(call)
@@ -439,6 +443,14 @@ def cache_clear(prefix: str | None = None) -> int:
 async def acache_clear(prefix: str | None = None) -> int:
     """Awaitable twin of `cache_clear`."""
     return await asyncio.to_thread(cache_clear, prefix)
+
+
+def process_slot() -> int | None:
+    """Return this process's number among those of this machine that use the default store.
+
+    The number of one that ended goes to the next that starts. None: there is no place to agree.
+    """
+    return _default_cache().slot()
 
 
 def _default_cache() -> Cache:

@@ -5,6 +5,10 @@ takes in more than its name: its code, its defaults, and what it captures (globa
 variables, the object a method belongs to), read at every call. A model is its weights and
 settings. What the function itself changes, such as a counter of calls, is left out.
 
+An object may say itself what it is: a method ``__fingerprint__`` of its class returns a value that
+is equal exactly for objects that compute the same, or None to be described like any other. What
+was given to `register_fingerprint` for its class comes before that.
+
 Where something cannot be described by its content, it gets an identity that is valid in this
 process only: it is then never confused with another, but not shared with other workers either,
 and a warning says so once.
@@ -244,11 +248,9 @@ class _Walk:
     def _composite(self, value: Any, context: Context) -> Description:
         # By type and not by isinstance, which a proxy object would pass on to what it stands for.
         class_: type = type(value)
-        fingerprint = next(
-            (_fingerprints[base] for base in class_.__mro__ if base in _fingerprints), None
-        )
-        if fingerprint is not None:
-            return ("fingerprint", _full_name(class_), self.value(fingerprint(value)))
+        fingerprint = _fingerprint_of(value)
+        if fingerprint is not _ABSENT:
+            return ("fingerprint", _full_name(class_), self.value(fingerprint))
         if is_library_class(class_) and issubclass(class_, _INERT):
             return ("inert", _full_name(class_))
         if _full_name(class_) in _NAMED_BY_REPR or issubclass(class_, PurePath):
@@ -443,6 +445,17 @@ class _Walk:
         (type, _class),
         (types.ModuleType, _module),
     )
+
+
+def _fingerprint_of(value: Any) -> Any:
+    """Return what was said about an object, by its registered fingerprint or by itself."""
+    class_: type = type(value)
+    for base in class_.__mro__:
+        if base in _fingerprints:
+            return _fingerprints[base](value)
+    own = getattr(class_, "__fingerprint__", None)
+    fingerprint = own(value) if own is not None else None
+    return _ABSENT if fingerprint is None else fingerprint
 
 
 def _is_assigned(cell: types.CellType) -> bool:

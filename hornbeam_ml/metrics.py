@@ -32,6 +32,7 @@ _MAGIC: Final = b"HBSLOT01"
 _HEADER: Final = struct.Struct("8sQ")
 _BLOCK: Final = struct.Struct("II")
 _CELL: Final = struct.Struct("q")  # native: written by one store instruction, never torn
+_SLOT_NAME: Final = "slot-"
 _SLOT_BYTES: Final = 512 * 1024
 _MOST_SLOTS: Final = 4096
 _LONGEST_NAME: Final = 256
@@ -61,9 +62,17 @@ class Metrics:
             *deltas: What to add to each cell.
         """
         with self._lock:  # `+=` on a cell is a read and a write: threads would lose counts
-            if self._slot is None:
-                self._slot = _claim(self._directory) if self._directory else _Slot(_blank())
-            self._slot.add(name, deltas)
+            self._claimed().add(name, deltas)
+
+    def slot(self) -> int | None:
+        """Return the number of this process's slot, from 0 up; None: it counts for itself.
+
+        Numbers are unique among living processes, and as low as can be: that of one that ended
+        goes to the next that starts.
+        """
+        with self._lock:
+            path = self._claimed().path
+        return int(path.name.removeprefix(_SLOT_NAME)) if path is not None else None
 
     def totals(self) -> dict[str, list[int]]:
         """Return the cells of every block, summed over all processes, dead ones too."""
@@ -71,7 +80,7 @@ class Metrics:
         with self._lock:
             if self._slot is not None and self._slot.path is None:
                 _merge(totals, self._slot.blocks())
-        for path in sorted(self._directory.glob("slot-*")) if self._directory else ():
+        for path in sorted(self._directory.glob(f"{_SLOT_NAME}*")) if self._directory else ():
             try:
                 with path.open("rb") as file:
                     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -80,6 +89,11 @@ class Metrics:
             with content:
                 _merge(totals, _read_blocks(content))
         return dict(totals)
+
+    def _claimed(self) -> _Slot:
+        if self._slot is None:
+            self._slot = _claim(self._directory) if self._directory else _Slot(_blank())
+        return self._slot
 
     def forget_after_fork(self) -> None:
         """Leave, in a forked child, the parent's slot to the parent."""
@@ -146,7 +160,7 @@ def _claim(directory: Path) -> _Slot:
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         for number in range(_MOST_SLOTS):
-            slot = _try_claim(directory / f"slot-{number:04d}")
+            slot = _try_claim(directory / f"{_SLOT_NAME}{number:04d}")
             if slot is not None:
                 return slot
         problem = f"all {_MOST_SLOTS} slots are taken"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hornbeam_ml.errors import ModelError
-from hornbeam_ml.serving.registry import start_all
+from hornbeam_ml.serving.registry import readiness, start_all
 from hornbeam_state.errors import MISSING
 
 if TYPE_CHECKING:
@@ -171,5 +171,11 @@ def registered_models() -> dict[str, Any]:
 
 
 def loaded_models() -> dict[str, bool]:
-    """Return the registered names, and whether each is loaded in this process."""
-    return {name: not _models.must_wait(name) for name in _models.registered()}
+    """Return the names of models and servings, and whether each is loaded in this process.
+
+    A serving counts while it is `ready`. When a model has the same name, both have to be.
+    """
+    loaded = {name: not _models.must_wait(name) for name in _models.registered()}
+    for name, ready in readiness().items():
+        loaded[name] = ready and loaded.get(name, True)
+    return loaded

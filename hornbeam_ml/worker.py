@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
-from hornbeam_ml import asgi, devices, identity, models, threads
+from hornbeam_ml import asgi, cache, devices, identity, models, threads
 from hornbeam_state.config import REDIS_SCHEMES
 from hornbeam_state.default import default_store
 from hornbeam_state.errors import HornbeamError, StoreUnavailable
@@ -88,8 +88,10 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
             wanted = asgi.wanted_interface(os.environ)
             threads.set_environment(self.budget)
             self._limit_threads()
-            devices.set_worker_slot(self.age - 1)
             self._open_store()
+            # One that replaces another gets its slot, and so its GPU; ages only ever grow.
+            slot = cache.process_slot()
+            devices.set_worker_slot(self.age - 1 if slot is None else slot)
         super().load_wsgi()
         with self._boot_errors():
             self._interface = asgi.interface_of(self.wsgi, wanted)

@@ -136,15 +136,24 @@ class StreamingCall(Call):
 
 
 class Entry:
-    """One item of a call."""
+    """One item of a call.
 
-    __slots__ = ("call", "heads_batch", "index", "item", "lane")
+    Args:
+        call: The call.
+        index: The item's place in it.
+        item: What the model takes.
+        lane: What it has in common with those it may share a batch with.
+        length: Its tokens.
+    """
 
-    def __init__(self, call: Call, index: int, item: Any, lane: Lane) -> None:
+    __slots__ = ("call", "heads_batch", "index", "item", "lane", "length")
+
+    def __init__(self, call: Call, index: int, item: Any, lane: Lane, length: int = 1) -> None:
         self.call = call
         self.index = index
         self.item = item
         self.lane = lane
+        self.length = length
         self.heads_batch = False
 
     @property

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from hornbeam_ml.devices import check_device
 from hornbeam_ml.serving.batch import bucket_for, signature
-from hornbeam_ml.streams import finish
 from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,18 +38,22 @@ class ServingConfig:
     warmup: Any
     queue_limit: int
     deadline_ms: float | None
+    length: Callable[[Any], int] | None
+    max_batch_tokens: int | None
+    fingerprint: str | None
 
     def __post_init__(self) -> None:
         self._check_callables()
         for name in ("batch_size", "streams", "instances", "queue_limit"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value):
                 raise ConfigError(f"{name}={value!r}: give a whole number from 1 up")
         if not _is_time(self.batch_timeout_ms):
             raise ConfigError(f"batch_timeout_ms={self.batch_timeout_ms!r}: give 0 or more")
         if self.deadline_ms is not None and not (_is_time(self.deadline_ms) and self.deadline_ms):
             raise ConfigError(f"deadline_ms={self.deadline_ms!r}: give more than 0, or None")
         self._check_batches()
+        self._check_lengths()
         self._check_devices()
 
     @property
@@ -80,28 +82,36 @@ class ServingConfig:
         """Return how many rows a batch of `count` items is padded to."""
         return bucket_for(count, self.buckets)
 
-    def prepare(self, item: Any) -> Any:
-        """Return what the model gets for an item of a caller."""
-        return _applied(self.preprocess, item)
+    @property
+    def max_tokens(self) -> float | None:
+        """The most tokens in a batch, padding included; None: items have no length."""
+        if self.length is None:
+            return None
+        return math.inf if self.max_batch_tokens is None else self.max_batch_tokens
 
-    async def aprepare(self, item: Any) -> Any:
-        """Awaitable twin of `prepare`."""
-        return await _aapplied(self.preprocess, item)
+    def length_of(self, item: Any) -> int:
+        """Return the tokens of a prepared item; 1 when items have no length.
 
-    def finish(self, result: Any) -> Any:
-        """Return what a caller gets for a result of the model."""
-        return _applied(self.postprocess, result)
-
-    async def afinish(self, result: Any) -> Any:
-        """Awaitable twin of `finish`."""
-        return await _aapplied(self.postprocess, result)
+        Raises:
+            ValueError: `length` returned something else than a whole number from 1 up.
+        """
+        if self.length is None:
+            return 1
+        length = self.length(item)
+        if not _is_count(length):
+            raise ValueError(f"{self.label}: length returned {length!r}, no whole number from 1 up")
+        return length
 
     def _check_callables(self) -> None:
         if not callable(self.load):
             raise ConfigError("load is a function that returns the batch function")
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise ConfigError(f"name={self.name!r}: give a non-empty str, or None")
-        for name in ("preprocess", "postprocess"):
+        if self.fingerprint is not None and not (
+            isinstance(self.fingerprint, str) and self.fingerprint
+        ):
+            raise ConfigError(f"fingerprint={self.fingerprint!r}: give a non-empty str, or None")
+        for name in ("preprocess", "postprocess", "length"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise ConfigError(f"{name}={value!r}: give a function, or None")
@@ -133,6 +143,17 @@ class ServingConfig:
                 f"buckets={buckets!r}: the largest has to hold batch_size={self.batch_size}"
             )
 
+    def _check_lengths(self) -> None:
+        if self.length is not None and self.collate != "list":
+            raise ConfigError("length is for collate='list': items to stack are all of one shape")
+        if self.max_batch_tokens is None:
+            return
+        if self.length is None:
+            raise ConfigError("max_batch_tokens needs length, which counts the tokens of an item")
+        if not _is_count(self.max_batch_tokens):
+            value = self.max_batch_tokens
+            raise ConfigError(f"max_batch_tokens={value!r}: give a whole number from 1 up, or None")
+
     def _check_devices(self) -> None:
         if not isinstance(self.device, str) and len(self.device) != self.instances:
             raise ConfigError(
@@ -142,15 +163,8 @@ class ServingConfig:
             check_device(device)
 
 
-def _applied(change: Callable[[Any], Any] | None, value: Any) -> Any:
-    return value if change is None else finish(change(value))
-
-
-async def _aapplied(change: Callable[[Any], Any] | None, value: Any) -> Any:
-    if change is None:
-        return value
-    changed = change(value)
-    return await changed if inspect.isawaitable(changed) else changed
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_time(value: Any) -> bool:

@@ -14,34 +14,14 @@ While no stream is free a ready lane keeps growing. The lane that became ready f
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from math import inf
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from math import ceil, inf
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from hornbeam_ml.serving.length_line import LengthLine
+from hornbeam_ml.serving.lines import Line, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
-
-
-class Waiting(Protocol):
-    """What the policy needs to know of a waiting item."""
-
-    heads_batch: bool
-
-    @property
-    def lane(self) -> Hashable:
-        """What it has in common with those it may share a batch with."""
-        ...
-
-    @property
-    def arrived(self) -> float:
-        """When it arrived, seconds."""
-        ...
-
-    @property
-    def deadline(self) -> float:
-        """When it is too late for it, seconds; `inf`: never."""
-        ...
-
 
 W = TypeVar("W", bound=Waiting)
 
@@ -59,20 +39,23 @@ class Policy(Generic[W]):
     Args:
         batch_size: The most items in a batch.
         timer_s: How long the first item of a lane waits for others; 0: not at all.
+        max_tokens: The most tokens in a batch of items of similar length; see `length_line`. None:
+            lengths do not count, and items go in the order of arrival.
     """
 
-    def __init__(self, batch_size: int, timer_s: float) -> None:
+    def __init__(self, batch_size: int, timer_s: float, max_tokens: float | None = None) -> None:
         self._batch_size = batch_size
         self._timer_s = timer_s
-        self._lanes: dict[Hashable, _Lane[W]] = {}
+        self._max_tokens = max_tokens
+        self._lines: dict[Hashable, Line[W]] = {}  # by lane
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[W]:
-        for lane in self._lanes.values():
-            yield from lane.items
+        for line in self._lines.values():
+            yield from line.items
 
     def hasten(self) -> None:
         """Forget the timer: from now on a lane is ready as soon as it holds an item."""
@@ -80,94 +63,80 @@ class Policy(Generic[W]):
 
     def emptied(self) -> Policy[W]:
         """Return a policy with the same settings in which nothing waits."""
-        return Policy(self._batch_size, self._timer_s)
+        return Policy(self._batch_size, self._timer_s, self._max_tokens)
 
     def arrange(self, items: Sequence[W]) -> None:
         """Decide, when a call arrives, whether its items begin a batch of their own."""
+        if not self._timer_s or self._max_tokens is not None:
+            return
         first = items[0]
         whole = len(items) == self._batch_size and all(item.lane == first.lane for item in items)
-        first.heads_batch = bool(self._timer_s) and whole and first.lane in self._lanes
+        first.heads_batch = whole and first.lane in self._lines
 
     def add(self, item: W, now: float) -> None:
         """Let an item wait."""
-        lane = self._lanes.get(item.lane)
-        if lane is None:
-            lane = self._lanes[item.lane] = _Lane()
-        lane.items[item] = None
-        lane.heads += item.heads_batch
+        line = self._lines.get(item.lane)
+        if line is None:
+            line = self._lines[item.lane] = self._new_line()
+        line.add(item)
         self._count += 1
-        self._note_full(lane, now)
+        self._note_full(line, now)
 
     def remove(self, item: W) -> bool:
         """Forget an item; return whether it waited."""
-        lane = self._lanes.get(item.lane)
-        if lane is None or item not in lane.items:
+        line = self._lines.get(item.lane)
+        if line is None or item not in line.items:
             return False
-        del lane.items[item]
-        lane.heads -= item.heads_batch
+        line.remove(item)
         self._count -= 1
-        if not self._is_full(lane):
-            lane.full_at = inf
-        if not lane.items:
-            del self._lanes[item.lane]
+        if not line.items:
+            del self._lines[item.lane]
+        elif line.full_at != inf and not line.is_full():
+            line.full_at = inf
         return True
 
     def ready_at(self) -> float:
         """Return when a batch is ready, if nothing happens until then; `inf`: nothing waits."""
-        return min((self._lane_ready_at(lane) for lane in self._lanes.values()), default=inf)
+        return min((self._line_ready_at(line) for line in self._lines.values()), default=inf)
 
-    def cut(self, now: float) -> Cut[W]:
-        """Take the next batch out, and those found to be too late on the way."""
+    def cut(self, now: float, streams: int = 1) -> Cut[W]:
+        """Take the next batch out, and those found to be too late on the way.
+
+        Args:
+            now: Seconds.
+            streams: How many run batches; items of similar length are shared out among them.
+        """
         late: list[W] = []
-        while self._lanes:
-            name, lane = min(self._lanes.items(), key=lambda pair: self._lane_ready_at(pair[1]))
-            if self._lane_ready_at(lane) > now:
+        while self._lines:
+            lane, line = min(self._lines.items(), key=lambda pair: self._line_ready_at(pair[1]))
+            if self._line_ready_at(line) > now:
                 break
-            batch = self._take(lane, now, late)
-            if not lane.items:
-                del self._lanes[name]
+            batch = self._take(line, now, streams, late)
+            if not line.items:
+                del self._lines[lane]
             if batch:
                 return Cut(batch, late)
         return Cut([], late)
 
-    def _take(self, lane: _Lane[W], now: float, late: list[W]) -> list[W]:
-        batch: list[W] = []
-        while lane.items and len(batch) < self._batch_size:
-            item = next(iter(lane.items))
-            if item.heads_batch and batch:
-                break
-            lane.items.popitem(last=False)
-            lane.heads -= item.heads_batch
-            self._count -= 1
-            (batch if now < item.deadline else late).append(item)
-        lane.full_at = inf
-        self._note_full(lane, now)
+    def _new_line(self) -> Line[W]:
+        if self._max_tokens is None:
+            return Line(self._batch_size)
+        return LengthLine(self._batch_size, self._max_tokens)
+
+    def _take(self, line: Line[W], now: float, streams: int, late: list[W]) -> list[W]:
+        waiting = len(line.items)
+        # With a timer the part that is left would wait for its own, beside a stream that is free.
+        share = waiting if self._timer_s else ceil(waiting / streams)
+        batch = line.take(now, share, late)
+        self._count -= waiting - len(line.items)
+        line.full_at = inf
+        self._note_full(line, now)
         return batch
 
-    def _lane_ready_at(self, lane: _Lane[W]) -> float:
-        return min(lane.full_at, next(iter(lane.items)).arrived + self._timer_s)
+    def _line_ready_at(self, line: Line[W]) -> float:
+        return min(line.full_at, line.oldest.arrived + self._timer_s)
 
-    def _note_full(self, lane: _Lane[W], now: float) -> None:
-        if lane.full_at == inf and self._is_full(lane):
-            lane.full_at = now
-
-    def _is_full(self, lane: _Lane[W]) -> bool:
-        if len(lane.items) >= self._batch_size:
-            return True
-        return bool(lane.heads) and lane.heads > next(iter(lane.items)).heads_batch
-
-
-class _Lane(Generic[W]):
-    """Items in the order of arrival; any of them can be taken out at once.
-
-    Attributes:
-        heads: How many of them begin a batch.
-        full_at: Since when a batch of it is complete; `inf` when none is.
-    """
-
-    __slots__ = ("full_at", "heads", "items")
-
-    def __init__(self) -> None:
-        self.items: OrderedDict[W, None] = OrderedDict()
-        self.heads = 0
-        self.full_at = inf
+    def _note_full(self, line: Line[W], now: float) -> None:
+        # Without a timer it is ready anyhow.
+        if self._timer_s and line.full_at == inf and line.is_full():
+            line.full_at = now

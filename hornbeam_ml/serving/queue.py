@@ -6,49 +6,21 @@ nothing that a user wrote runs under it.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter, deque
 from math import inf
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from hornbeam_ml.serving.calls import Call, Entry, PromiseWaker, StreamingCall, wake
 from hornbeam_ml.serving.failures import copies
 from hornbeam_ml.serving.policy import Policy
-from hornbeam_ml.serving.stats import ServingStats, Tally
+from hornbeam_ml.serving.stats import Extent, ServingStats, Tally
+from hornbeam_ml.serving.takers import Taker, Takers
 from hornbeam_state.errors import DeadlineExceeded, Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-_LONGEST_WAIT_S: Final = threading.TIMEOUT_MAX
-
-
-class Taker:
-    """One that takes batches, as a rule a thread of a stream.
-
-    Attributes:
-        batch: The entries it works on.
-        since: When it took them.
-        until: While it waits for a batch: when it wakes by itself.
-    """
-
-    def __init__(self) -> None:
-        self.batch: Sequence[Entry] = ()
-        self.since = 0.0
-        self.until = inf
-        self._gate = threading.Lock()
-        self._gate.acquire()
-
-    def wait(self, seconds: float) -> None:
-        """Block until `wake`, or for so long."""
-        self._gate.acquire(timeout=-1 if seconds == inf else min(max(0, seconds), _LONGEST_WAIT_S))
-
-    def wake(self) -> None:
-        """Have it look again."""
-        with contextlib.suppress(RuntimeError):  # it is about to
-            self._gate.release()
 
 
 class BatchQueue:
@@ -59,6 +31,7 @@ class BatchQueue:
         batch_size: The most items in a batch.
         timer_s: How long the first item of a lane waits for others.
         limit: The most items that wait.
+        max_tokens: The most tokens in a batch of items of similar length; see `Policy`.
         rows_for: From the number of items in a batch to the rows it is padded to.
         clock: Seconds.
     """
@@ -70,6 +43,7 @@ class BatchQueue:
         batch_size: int,
         timer_s: float = 0.0,
         limit: int = 1024,
+        max_tokens: float | None = None,
         rows_for: Callable[[int], int] = int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,11 +54,11 @@ class BatchQueue:
         self._limit = limit
         self._rows_for = rows_for
         self._lock = threading.Lock()
-        self._policy: Policy[Entry] = Policy(batch_size, timer_s)
+        self._max_tokens = inf if max_tokens is None else max_tokens
+        self._policy: Policy[Entry] = Policy(batch_size, timer_s, max_tokens)
         self._feed: deque[Entry] = deque()  # of the one call that is larger than the room
         self._unfinished: set[Call] = set()
-        self._takers: set[Taker] = set()
-        self._idle: deque[Taker] = deque()
+        self._takers = Takers()
         self._closed: BaseException | None = None
         self._dropped = False
 
@@ -144,15 +118,13 @@ class BatchQueue:
 
     def add_taker(self) -> Taker:
         """Return a new taker of batches."""
-        taker = Taker()
         with self._lock:
-            self._takers.add(taker)
-        return taker
+            return self._takers.add()
 
     def remove_taker(self, taker: Taker) -> None:
         """Forget a taker, whose batch is finished."""
         with self._lock:
-            self._takers.discard(taker)
+            self._takers.remove(taker)
 
     def take(self, taker: Taker) -> Sequence[Entry]:
         """Wait for a batch and return it: entries of one lane whose callers still wait.
@@ -178,16 +150,16 @@ class BatchQueue:
             if taker.batch:
                 self.tally.busy_s += now - taker.since
                 taker.batch = ()
-            elif taker in self._idle:
-                self._idle.remove(taker)
+            else:
+                self._takers.note_awake(taker)
             batch, late = self._cut(now)
             taker.batch, taker.since = batch, now
             other, over = None, self._is_over()
             if batch:
+                taker.alone = not len(self._policy) and self._takers.is_only_busy(taker)
                 other = self._taker_to_wake(now)
             elif not over:
-                taker.until = self._policy.ready_at()
-                self._idle.append(taker)
+                self._takers.note_idle(taker, until=self._policy.ready_at())
         wake(late)
         if other:
             other.wake()
@@ -253,7 +225,7 @@ class BatchQueue:
             if self._closed is None:
                 self._closed = error
             self._policy.hasten()
-            takers = list(self._idle)
+            takers = self._takers.idle()
             waiting = [] if drain else _unfinished([*self._policy, *self._feed])
         self._fail_calls(waiting, error)
         for taker in takers:
@@ -276,7 +248,7 @@ class BatchQueue:
             calls = [entry.call for entry in taker.batch]
         else:
             with self._lock:
-                running = {entry.call for other in self._takers for entry in other.batch}
+                running = {entry.call for entry in self._takers.running()}
                 calls = [call for call in self._unfinished if call not in running]
                 self._policy = self._policy.emptied()
                 self._feed.clear()
@@ -287,7 +259,7 @@ class BatchQueue:
         """Serve what waits, then end: no new call can come. Safe while garbage is collected."""
         # No lock: the collector may have interrupted this thread while it holds it.
         self._dropped = True
-        for taker in tuple(self._idle):
+        for taker in self._takers.idle():
             taker.wake()
 
     def forget_after_fork(self, error: BaseException) -> None:
@@ -305,9 +277,8 @@ class BatchQueue:
             return self.tally.stats(
                 name=name,
                 ready=ready,
-                batch_size=self._batch_size,
                 queued=Counter(entry.lane.key for entry in self._policy),
-                running=sum(len(taker.batch) for taker in self._takers),
+                running=len(self._takers.running()),
             )
 
     def _fail_calls(self, calls: Sequence[Call], error: BaseException) -> None:
@@ -327,17 +298,23 @@ class BatchQueue:
     def _cut(self, now: float) -> tuple[list[Entry], list[Call]]:
         gone: list[Call] = []
         while True:
-            cut = self._policy.cut(now)
+            cut = self._policy.cut(now, streams=len(self._takers))
             late = _unfinished(cut.late)
             self._expire(late)
             gone += late
             self._feed_in(now)
             batch = [entry for entry in cut.batch if self._start(entry)]
             if batch:
-                rows = self._rows_for(len(batch))
-                self.tally.start(batch[0].lane.key, [entry.arrived for entry in batch], rows, now)
+                arrivals = [entry.arrived for entry in batch]
+                self.tally.start(batch[0].lane.key, arrivals, self._extent(batch), now)
             if batch or not (cut.batch or cut.late):
                 return batch, gone
+
+    def _extent(self, batch: Sequence[Entry]) -> Extent:
+        lengths = [entry.length for entry in batch]
+        longest = max(lengths)
+        room = max(1, min(self._batch_size, self._max_tokens / longest))
+        return Extent(int(room), sum(lengths), self._rows_for(len(batch)) * longest)
 
     def _start(self, entry: Entry) -> bool:
         """Return whether to run an entry: somebody waits for it."""
@@ -379,13 +356,7 @@ class BatchQueue:
             self._policy.add(self._feed.popleft(), now)
 
     def _taker_to_wake(self, now: float) -> Taker | None:
-        """Return an idle taker, if there is a batch for it or a timer for it to watch."""
-        if not self._idle:
-            return None
-        ready_at = self._policy.ready_at()
-        if ready_at > now and ready_at >= min(taker.until for taker in self._idle):
-            return None
-        return self._idle.popleft()
+        return self._takers.to_wake(self._policy.ready_at(), now) if self._takers.any_idle else None
 
     def _is_over(self) -> bool:
         ended = self._closed is not None or self._dropped

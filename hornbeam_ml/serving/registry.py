@@ -16,6 +16,9 @@ class _Member(Protocol):
     @property
     def closed(self) -> bool: ...
 
+    @property
+    def ready(self) -> bool: ...
+
     def start(self) -> Any: ...
 
     def forget_after_fork(self) -> None: ...
@@ -53,6 +56,11 @@ def find(name: str) -> Any:
         known = ", ".join(sorted(_named)) or "none"
         raise ModelError(f"no serving is registered as {name!r}; registered: {known}")
     return serving
+
+
+def readiness() -> dict[str, bool]:
+    """Return the names, and whether the serving with each is ready."""
+    return {name: serving.ready for name, serving in list(_named.items())}
 
 
 def start_all() -> None:

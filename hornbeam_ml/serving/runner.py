@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -26,7 +27,7 @@ from hornbeam_ml.devices import pick_device
 from hornbeam_ml.errors import ModelError, ServingClosed
 from hornbeam_ml.serving.bisection import run_batch
 from hornbeam_ml.serving.model import LoadedModel, Steps
-from hornbeam_ml.serving.queue import BatchQueue, Taker
+from hornbeam_ml.serving.queue import BatchQueue
 from hornbeam_ml.serving.template import Template
 from hornbeam_ml.streams import Stream, current_stream
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from hornbeam_ml.serving.config import ServingConfig
+    from hornbeam_ml.serving.takers import Taker
 
 logger = logging.getLogger("hornbeam.serving")
 _EXIT_WAIT_S: Final = 2.0
@@ -57,6 +59,7 @@ class Runner:
             batch_size=config.batch_size,
             timer_s=config.batch_timeout_ms / 1000,
             limit=config.queue_limit,
+            max_tokens=config.max_tokens,
             rows_for=config.rows_for,
         )
         self.failed = False
@@ -131,8 +134,7 @@ class Runner:
         device = first.stream.device
         try:
             model = LoadedModel.load(self._config, device)
-            self._limit_threads(first)  # what torch compiles for one number is no use for another
-            model.warm_up()
+            self._warm_up(model, first)
             others = [self._add_seat(device) for _ in range(self._config.streams - 1)]
         except BaseException as error:  # noqa: BLE001 - every caller gets it
             first.finished = True
@@ -167,10 +169,31 @@ class Runner:
 
     # Streams.
 
-    def _limit_threads(self, seat: _Seat) -> None:
-        """Give the calling thread, of a stream on a CPU, its part of the compute threads."""
+    @functools.cached_property
+    def _shares(self) -> tuple[int, int]:
+        """The compute threads of a stream among its like, and of one that is alone."""
+        return threads.process_share(self._config.streams), threads.process_share(1)
+
+    def _warm_up(self, model: LoadedModel, seat: _Seat) -> None:
+        for alone in (True, False) if self._follows_load(seat) else (False,):
+            self._limit_threads(seat, alone=alone)
+            model.warm_up()
+
+    def _follows_load(self, seat: _Seat) -> bool:
+        """Return whether the compute threads of a stream change with the load."""
+        # What torch compiles for one number of threads is compiled again for another.
+        shares = self._config.streams > 1 and seat.stream.device == "cpu"
+        return shares and self._config.compile is None and self._shares[0] != self._shares[1]
+
+    def _limit_threads(self, seat: _Seat, *, alone: bool) -> None:
+        """Give the calling thread, of a stream on a CPU, its part of the compute threads.
+
+        One whose batch is alone gets them all: they would be idle. When another batch starts
+        meanwhile, the two share the cores until this one ends.
+        """
         if self._config.streams > 1 and seat.stream.device == "cpu":
-            threads.limit_this_thread(threads.process_share(self._config.streams))
+            part, whole = self._shares
+            threads.limit_this_thread(whole if alone and self._follows_load(seat) else part)
 
     def _add_seat(self, device: str) -> _Seat:
         name = f"{self._config.name or 'serving'}-{len(self._seats) + 1}"
@@ -186,13 +209,13 @@ class Runner:
 
     def _serve(self, seat: _Seat) -> None:
         """Run batches until the queue ends; on a stream's thread."""
-        self._limit_threads(seat)
         with self._lock:
             self._set_up += 1
             seat.serves = True
         if self.ready:
             self._set_loaded(None)
         while entries := self.queue.take(seat.taker):
+            self._limit_threads(seat, alone=seat.taker.alone)
             run_batch(entries, seat.model, self.queue, self.template)
             self._faults = 0
             del entries

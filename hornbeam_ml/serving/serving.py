@@ -6,26 +6,26 @@ import asyncio
 import threading
 import weakref
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from hornbeam_ml.errors import ModelError, ServingClosed
 from hornbeam_ml.promises import Promise
 from hornbeam_ml.serving import registry
-from hornbeam_ml.serving.batch import chunks_of
-from hornbeam_ml.serving.calls import (
-    Call,
-    Entry,
-    PromiseWaker,
-    StreamingCall,
-    TaskWaker,
-    ThreadWaker,
-)
+from hornbeam_ml.serving.admission import Admission
+from hornbeam_ml.serving.calls import Call, PromiseWaker, StreamingCall, TaskWaker, ThreadWaker
 from hornbeam_ml.serving.config import ServingConfig
 from hornbeam_ml.serving.model import Steps
+from hornbeam_ml.serving.processing import Processing
 from hornbeam_ml.serving.runner import Runner
 from hornbeam_ml.serving.stats import ServingStats, Tally
 from hornbeam_ml.serving.timekeeper import watch
-from hornbeam_ml.serving.waiting import AsyncChunks, Chunks, await_for, wait_for
+from hornbeam_ml.serving.waiting import (
+    AsyncChunks,
+    Chunks,
+    DeferredChunks,
+    await_for,
+    wait_for,
+)
 from hornbeam_ml.streams import current_stream
 from hornbeam_state.errors import DeadlineExceeded
 
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
     from concurrent.futures import Future
 
-    from hornbeam_ml.serving.calls import Waker
-
-C = TypeVar("C", bound=Call)
+    from hornbeam_ml.serving.admission import Terms
 
 
 class Serving:
@@ -73,6 +71,15 @@ class Serving:
             have to match the first item whose batch succeeded.
         queue_limit: The most items that wait.
         deadline_ms: The `timeout_ms` of calls that give none; None: they wait as long as it takes.
+        length: For ``"list"``: returns how many tokens a preprocessed item has, at least 1; called
+            once for each, in the caller's thread or task. Batches then hold items of similar
+            length, so that little of them is padding. The oldest waiting item is always in the
+            next batch, and with several streams each takes its share of what waits.
+        max_batch_tokens: With `length`: the most tokens in a batch, counting every item with the
+            length of the longest. An item of more goes alone. None: as many as there are.
+        fingerprint: Says what the model is, such as a digest of its weights: equal exactly for
+            models that compute the same. With it `cached_inference` of a method of the serving is
+            shared with other processes; without, results are cached within this one.
 
     Raises:
         ConfigError: a setting makes no sense.
@@ -102,6 +109,9 @@ class Serving:
         warmup: Any = None,
         queue_limit: int = 1024,
         deadline_ms: float | None = None,
+        length: Callable[[Any], int] | None = None,
+        max_batch_tokens: int | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         self._config = ServingConfig(
             load=load,
@@ -120,8 +130,12 @@ class Serving:
             warmup=warmup,
             queue_limit=queue_limit,
             deadline_ms=deadline_ms,
+            length=length,
+            max_batch_tokens=max_batch_tokens,
+            fingerprint=fingerprint,
         )
-        self._keys = self._config.keys
+        self._admission = Admission(self._config)
+        self._processing = Processing(preprocess, postprocess)
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._closed: ServingClosed | None = None
@@ -165,23 +179,25 @@ class Serving:
         than the queue has room for go in as room appears. The first that fails fails the call,
         and those that have not started by then are never run.
         """
-        prepared = self._prepared(items)
+        terms = self._admission.terms(key, timeout_ms)
+        prepared = self._processing.prepare(items)
         if not prepared:
             return []
-        waker = ThreadWaker()
-        runner, call = self._admit(Call, prepared, key, timeout_ms, waker)
-        return self._finished(wait_for(runner.queue, call, waker))
+        runner, waker = self._running(), ThreadWaker()
+        call = self._admission.admit(runner, Call, prepared, terms, waker)
+        return self._processing.finish_all(wait_for(runner.queue, call, waker))
 
     async def arun_batch(
         self, items: Iterable[Any], *, key: Hashable = None, timeout_ms: float | None = None
     ) -> list[Any]:
         """Awaitable twin of `run_batch`."""
-        prepared = await self._aprepared(items)
+        terms = self._admission.terms(key, timeout_ms)
+        prepared = await self._processing.aprepare(items)
         if not prepared:
             return []
-        waker = TaskWaker()
-        runner, call = self._admit(Call, prepared, key, timeout_ms, waker)
-        return await self._afinished(await await_for(runner.queue, call, waker))
+        runner, waker = self._running(), TaskWaker()
+        call = self._admission.admit(runner, Call, prepared, terms, waker)
+        return await self._processing.afinish_all(await await_for(runner.queue, call, waker))
 
     def submit(
         self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None
@@ -192,8 +208,10 @@ class Serving:
         thread, as there is no caller that waits.
         """
         promise = Promise()
-        waker = PromiseWaker(promise, self._config.finish)
-        runner, call = self._admit(Call, self._prepared([item]), key, timeout_ms, waker)
+        waker = PromiseWaker(promise, self._processing.finish)
+        terms = self._admission.terms(key, timeout_ms)
+        prepared, runner = self._processing.prepare([item]), self._running()
+        call = self._admission.admit(runner, Call, prepared, terms, waker)
         promise.add_done_callback(_abandon_if_cancelled(runner, call))
         if call.deadline != inf:
             watch(runner.queue, call)
@@ -215,20 +233,33 @@ class Serving:
             Overloaded: now: the queue is full; from the iterator: the listener is 4,096 chunks
                 behind.
         """
-        waker = ThreadWaker()
-        runner, call = self._admit(StreamingCall, self._prepared([item]), key, timeout_ms, waker)
-        return Chunks(runner.queue, call, waker, self._config.finish)
+        terms = self._admission.terms(key, timeout_ms)
+        prepared = self._processing.prepare([item])
+        runner, waker = self._running(), ThreadWaker()
+        call = self._admission.admit(runner, StreamingCall, prepared, terms, waker)
+        return Chunks(runner.queue, call, waker, self._processing.finish)
 
     def astream(
         self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None
-    ) -> AsyncChunks:
+    ) -> AsyncChunks | DeferredChunks:
         """Twin of `stream`: an async iterator; called without `await`.
 
-        A coroutine function as `preprocess` holds up the event loop here.
+        With a coroutine function as `preprocess` the call begins with the first chunk asked for,
+        and is refused there.
         """
-        waker = TaskWaker()
-        runner, call = self._admit(StreamingCall, self._prepared([item]), key, timeout_ms, waker)
-        return AsyncChunks(runner.queue, call, waker, self._config.afinish)
+        terms = self._admission.terms(key, timeout_ms)
+        if not self._processing.awaits:
+            return self._chunks(self._processing.prepare([item]), terms)
+
+        async def begin() -> AsyncChunks:
+            return self._chunks(await self._processing.aprepare([item]), terms)
+
+        return DeferredChunks(begin)
+
+    def _chunks(self, prepared: Sequence[Any], terms: Terms) -> AsyncChunks:
+        runner, waker = self._running(), TaskWaker()
+        call = self._admission.admit(runner, StreamingCall, prepared, terms, waker)
+        return AsyncChunks(runner.queue, call, waker, self._processing.afinish)
 
     def run_inline(self, items: Iterable[Any], *, key: Hashable = None) -> list[Any]:
         """Return the results of some items, in batches of their own, run here and now; blocks.
@@ -236,19 +267,19 @@ class Serving:
         Here is the current stream's thread where there is one, else the caller's. No other
         caller's items are in these batches, and they wait for no others.
         """
-        prepared = self._prepared(items)
+        key = self._admission.terms(key).key
+        prepared = self._processing.prepare(items)
         runner = self._running()
         self.start()
-        results: list[Any] = []
-        for part in chunks_of(prepared, self._config.batch_size):
-            for item in part:
-                runner.template.lane_of(item, self._key(key), streams=False)
-            outcome = runner.run_inline(part, key)
+        results: list[Any] = [None] * len(prepared)
+        for batch in self._admission.batches(runner, prepared, key):
+            outcome = runner.run_inline([prepared[index] for index in batch], key)
             if isinstance(outcome, Steps):
                 outcome.close()
                 raise ModelError(f"the model of {self._config.label} is a generator")
-            results += outcome
-        return self._finished(results)
+            for index, result in zip(batch, outcome, strict=True):
+                results[index] = result
+        return self._processing.finish_all(results)
 
     async def arun_inline(self, items: Iterable[Any], *, key: Hashable = None) -> list[Any]:
         """Awaitable twin of `run_inline`; without a current stream it runs in a thread."""
@@ -309,7 +340,7 @@ class Serving:
         """Return the figures of this process."""
         runner = self._runner
         if runner is None:
-            return Tally().stats(name=self.name, ready=False, batch_size=1, queued={}, running=0)
+            return Tally().stats(name=self.name, ready=False, queued={}, running=0)
         return runner.queue.stats(name=self.name, ready=runner.ready)
 
     def close(self, *, drain: bool = True, timeout: float = 30) -> None:
@@ -347,12 +378,17 @@ class Serving:
     def __repr__(self) -> str:
         return f"Serving(name={self.name!r})"
 
+    def __fingerprint__(self) -> Any:
+        """Return what a result depends on; None: nobody said what the model is."""
+        config = self._config
+        if config.fingerprint is None:
+            return None
+        return config.fingerprint, config.preprocess, config.postprocess
+
     def forget_after_fork(self) -> None:
         """In a forked child: load anew when used."""
         self._lock = threading.Lock()
         self._runner = None
-
-    # One call.
 
     def _running(self) -> Runner:
         """Return the runner of this process, made and started now unless there is one."""
@@ -371,60 +407,6 @@ class Serving:
                 runner.start()
                 self._runner = runner
             return self._runner
-
-    def _admit(
-        self,
-        kind: type[C],
-        items: Sequence[Any],
-        key: Hashable,
-        timeout_ms: float | None,
-        waker: Waker,
-    ) -> tuple[Runner, C]:
-        """Let the items of a call wait for their batches."""
-        key = self._key(key)
-        runner = self._running()
-        if runner.is_own_stream():
-            raise ModelError(f"{self._config.label} calls itself: it would wait for itself")
-        if timeout_ms is None:
-            timeout_ms = self._config.deadline_ms
-        now = runner.queue.clock()
-        deadline = inf if timeout_ms is None else now + timeout_ms / 1000
-        call = kind(len(items), now, deadline, waker)
-        lane_of = runner.template.lane_of
-        entries = [
-            Entry(call, index, item, lane_of(item, key, streams=kind.streams))
-            for index, item in enumerate(items)
-        ]
-        runner.queue.admit(call, entries)
-        return runner, call
-
-    def _key(self, key: Hashable) -> Hashable:
-        if key in self._keys:
-            return key
-        if not self._config.batch_keys:
-            raise ValueError(f"{self._config.label} has no batch_keys, so no key={key!r}")
-        known = ", ".join(repr(name) for name in self._config.keys)
-        raise ValueError(f"{self._config.label} has no key {key!r}; it has: {known}")
-
-    def _prepared(self, items: Iterable[Any]) -> list[Any]:
-        if self._config.preprocess is None:
-            return list(items)
-        return [self._config.prepare(item) for item in items]
-
-    async def _aprepared(self, items: Iterable[Any]) -> list[Any]:
-        if self._config.preprocess is None:
-            return list(items)
-        return [await self._config.aprepare(item) for item in items]
-
-    def _finished(self, results: list[Any]) -> list[Any]:
-        if self._config.postprocess is None:
-            return results
-        return [self._config.finish(result) for result in results]
-
-    async def _afinished(self, results: list[Any]) -> list[Any]:
-        if self._config.postprocess is None:
-            return results
-        return [await self._config.afinish(result) for result in results]
 
 
 def _abandon_if_cancelled(runner: Runner, call: Call) -> Callable[[Future[Any]], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -29,8 +29,11 @@ class ServingStats:
         running: Items in batches that run now.
         batches: Batches started; warm-up and `run_inline` do not count.
         items: Items in them.
-        fill: Mean share of `batch_size` that a batch held, 0.0 to 1.0.
-        padding: Share of the rows that models were given which were padding.
+        tokens: Tokens in these items; without `length` an item counts as one.
+        padded_tokens: Tokens that models were given, padding included.
+        fill: Items as a share of those that the batches had room for, 0.0 to 1.0. There is room
+            for `batch_size`, or as many of the longest as `max_batch_tokens` allows.
+        padding: Share of `padded_tokens` that was padding.
         wait_ms: Mean time an item waited for its batch.
         longest_wait_ms: The longest such time.
         run_ms: Mean time a batch took.
@@ -48,6 +51,8 @@ class ServingStats:
     running: int
     batches: int
     items: int
+    tokens: int
+    padded_tokens: int
     fill: float
     padding: float
     wait_ms: float
@@ -61,13 +66,29 @@ class ServingStats:
     keys: Mapping[Any, KeyStats]
 
 
+class Extent(NamedTuple):
+    """How large a batch is.
+
+    Attributes:
+        room: How many items it could have held.
+        tokens: In its items.
+        padded_tokens: The same when every row, also one without an item, is as long as the longest.
+    """
+
+    room: int
+    tokens: int
+    padded_tokens: int
+
+
 @dataclass
 class Tally:
     """The counts behind `ServingStats`; changed under the lock of the queue."""
 
     batches: int = 0
     items: int = 0
-    rows: int = 0
+    room: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
     wait_s: float = 0.0
     longest_wait_s: float = 0.0
     busy_s: float = 0.0
@@ -78,11 +99,13 @@ class Tally:
     cancelled: int = 0
     by_key: dict[Hashable, list[int]] = field(default_factory=dict)  # batches, items
 
-    def start(self, key: Hashable, arrivals: Sequence[float], rows: int, now: float) -> None:
+    def start(self, key: Hashable, arrivals: Sequence[float], extent: Extent, now: float) -> None:
         """Count a batch that starts now, with items that arrived then."""
         self.batches += 1
         self.items += len(arrivals)
-        self.rows += rows
+        self.room += extent.room
+        self.tokens += extent.tokens
+        self.padded_tokens += extent.padded_tokens
         self.wait_s += now * len(arrivals) - sum(arrivals)
         self.longest_wait_s = max(self.longest_wait_s, now - min(arrivals))
         counts = self.by_key.setdefault(key, [0, 0])
@@ -94,7 +117,6 @@ class Tally:
         *,
         name: str | None,
         ready: bool,
-        batch_size: int,
         queued: Mapping[Any, int],
         running: int,
     ) -> ServingStats:
@@ -111,8 +133,10 @@ class Tally:
             running=running,
             batches=self.batches,
             items=self.items,
-            fill=_ratio(self.items, self.batches * batch_size),
-            padding=_ratio(self.rows - self.items, self.rows),
+            tokens=self.tokens,
+            padded_tokens=self.padded_tokens,
+            fill=_ratio(self.items, self.room),
+            padding=_ratio(self.padded_tokens - self.tokens, self.padded_tokens),
             wait_ms=1000 * _ratio(self.wait_s, self.items),
             longest_wait_ms=1000 * self.longest_wait_s,
             run_ms=1000 * _ratio(self.busy_s, self.batches),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from hornbeam_ml.serving.calls import Call, StreamingCall, TaskWaker, ThreadWaker
     from hornbeam_ml.serving.queue import BatchQueue
@@ -142,6 +142,42 @@ class AsyncChunks:
 
     def __del__(self) -> None:
         self._call.unheard = True  # as above
+
+
+class DeferredChunks:
+    """The chunks of one item, asked for with the first of them; otherwise like `AsyncChunks`.
+
+    Args:
+        begin: Asks for them.
+    """
+
+    def __init__(self, begin: Callable[[], Awaitable[AsyncChunks]]) -> None:
+        self._begin: Callable[[], Awaitable[AsyncChunks]] | None = begin
+        self._chunks: AsyncChunks | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        """Return the next chunk, or raise what ended the stream too early."""
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            self._chunks = await begin()
+        if self._chunks is None:  # closed, or not begun, for the reason that was raised
+            raise StopAsyncIteration
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        """Stop listening. The rest of the batch goes on."""
+        self._begin = None
+        if self._chunks is not None:
+            await self._chunks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()
 
 
 def _timer(queue: BatchQueue, call: Call, waker: TaskWaker) -> asyncio.TimerHandle | None:

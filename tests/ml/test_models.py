@@ -7,7 +7,14 @@ import threading
 
 import pytest
 
-from hornbeam_ml import HornbeamError, ModelError, aget_model, get_model, register_model
+from hornbeam_ml import (
+    HornbeamError,
+    ModelError,
+    Serving,
+    aget_model,
+    get_model,
+    register_model,
+)
 from hornbeam_ml.models import load_all, loaded_models
 
 
@@ -114,3 +121,17 @@ def test_a_registration_that_makes_no_sense_is_refused(name, load):
     """Mistakes are found where they are made."""
     with pytest.raises(TypeError):
         register_model(name, load)
+
+
+def test_servings_with_a_name_are_listed_too():
+    """Each with whether it is ready; one that is closed is gone."""
+    register_model("both", lambda: 1)
+    with Serving(lambda: list, name="sorts"), Serving(lambda: list, name="both") as both:
+        assert (loaded_models()["sorts"], loaded_models()["both"]) == (False, False)
+        both.start()
+        assert not loaded_models()["both"]
+        get_model("both")
+        assert loaded_models()["both"]
+        assert not loaded_models()["sorts"]
+    assert "sorts" not in loaded_models()
+    assert loaded_models()["both"]

@@ -21,6 +21,7 @@ class Item:
     arrived: float = 0.0
     deadline: float = inf
     heads_batch: bool = False
+    length: int = 1
 
     def __repr__(self):
         return self.name

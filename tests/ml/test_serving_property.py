@@ -45,11 +45,11 @@ class Model:
         self.with_lost = set()  # items that were in a batch whose backend was lost
         self.keys = {}
         self.runs = Counter()
-        self.sizes = []
+        self.batches = []
         self.meanwhile = lambda: None  # what happens elsewhere while a run fails
 
     def run(self, items, key):
-        self.sizes.append(len(items))
+        self.batches.append(list(items))
         self.runs.update(number for number, _ in items)
         for number, kind in items:
             self.keys.setdefault(number, set()).add(key)
@@ -66,7 +66,7 @@ class Model:
     def check(self, batch_size):
         assert len(self.succeeded) == len(set(self.succeeded)), "something that succeeded ran twice"
         assert all(len(keys) == 1 for keys in self.keys.values()), "an item ran under another key"
-        assert all(1 <= size <= batch_size for size in self.sizes)
+        assert all(1 <= len(batch) <= batch_size for batch in self.batches)
 
     def is_justified(self, error, items):
         """Whether a call with these items may have got this error from the model."""
@@ -85,14 +85,30 @@ class AnyItem:
     learn = check
 
 
+def length(item):
+    """Return some number of tokens, always the same for an item."""
+    return 1 + item[0] * 7919 % 13
+
+
+def keeps_budget(batch, max_tokens):
+    lengths = [entry.length for entry in batch]
+    return len(batch) == 1 or len(batch) * max(lengths) <= max_tokens
+
+
 class Scenario:
     """A queue, its callers and its takers, one step at a time."""
 
-    def __init__(self, batch_size, timer, limit, takers):
+    def __init__(self, batch_size, timer, limit, takers, max_tokens):
         self.clock = ManualClock(0.0)
         self.queue = BatchQueue(
-            "serving", batch_size=batch_size, timer_s=timer, limit=limit, clock=self.clock
+            "serving",
+            batch_size=batch_size,
+            timer_s=timer,
+            limit=limit,
+            max_tokens=max_tokens,
+            clock=self.clock,
         )
+        self.max_tokens = inf if max_tokens is None else max_tokens
         self.limit, self.batch_size = limit, batch_size
         self.free = [self.queue.add_taker() for _ in range(takers)]
         self.busy = []
@@ -115,7 +131,8 @@ class Scenario:
         room = len(self.queue._policy) < self.limit
         try:
             self.queue.admit(
-                call, [Entry(call, index, item, lane) for index, item in enumerate(items)]
+                call,
+                [Entry(call, index, item, lane, length(item)) for index, item in enumerate(items)],
             )
         except ServingClosed:
             assert self.closed
@@ -134,10 +151,22 @@ class Scenario:
         if not self.free:
             return
         taker = self.free.pop(0)
+        in_order = [entry for entry in self.queue._policy if self.clock() < entry.deadline]
         batch, _ = self.queue.look(taker)
+        if batch:
+            oldest = next(entry for entry in in_order if entry.lane == batch[0].lane)
+            assert oldest in batch or self.was_cancelled(oldest), "the oldest was passed over"
+            assert keeps_budget(batch, self.max_tokens)
+            waits = len(self.queue._policy) > 0
+            assert taker.alone == (not waits and not self.busy)
         (self.busy if batch else self.free).append(taker)
         assert len({entry.lane for entry in batch}) <= 1
         assert all(self.clock() < entry.deadline for entry in batch)
+
+    @staticmethod
+    def was_cancelled(entry):
+        waker = entry.call.waker
+        return isinstance(waker, PromiseWaker) and waker.promise.cancelled()
 
     def finish(self, which):
         if not self.busy:
@@ -271,6 +300,7 @@ steps = st.lists(
         timer=st.sampled_from([0.0, 0.0, 2.0]),
         limit=st.integers(1, 9),
         takers=st.integers(1, 3),
+        max_tokens=st.sampled_from([None, inf, 40, 12]),
     ),
     steps,
     st.sampled_from([None, None, None, True, False]),
@@ -328,13 +358,14 @@ plans = st.lists(
             "streams": st.integers(1, 3),
         }
     ),
+    st.sampled_from([{}, {"length": length}, {"length": length, "max_batch_tokens": 24}]),
     st.sampled_from([0, 0.001]),
     st.sampled_from([None, True, False]),
 )
-def test_everybody_gets_exactly_what_is_theirs(plan, options, pause_s, early_end):
+def test_everybody_gets_exactly_what_is_theirs(plan, options, lengths, pause_s, early_end):
     """Threads, tasks and futures at once; sometimes the serving is closed under them."""
     model, numbers = Slow(pause_s), itertools.count()
-    serving = Serving(lambda: model, batch_keys=["a", "b"], **options)
+    serving = Serving(lambda: model, batch_keys=["a", "b"], **options, **lengths)
     bound = options["queue_limit"]
 
     def sync(items, key, timeout_ms, how):
@@ -384,4 +415,10 @@ def test_everybody_gets_exactly_what_is_theirs(plan, options, pause_s, early_end
             closed = isinstance(error, ServingClosed) and early_end is not None
             assert closed or model.is_justified(error, items)
     model.check(options["batch_size"])
-    assert serving.stats().queued == 0
+    for batch in model.batches:
+        longest = max(map(length, batch))
+        budget = lengths.get("max_batch_tokens", inf)
+        assert len(batch) == 1 or len(batch) * longest <= budget, "more than the budget"
+    stats = serving.stats()
+    assert stats.queued == 0
+    assert stats.items <= stats.tokens <= stats.padded_tokens

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -240,3 +242,112 @@ def test_real_libraries_keep_the_budget_in_every_thread(torch, tmp_path):
     half = len(openblas) // 2
     assert set(openblas[:half]) == {"1"}
     assert "3" in openblas[half:] or len(os.sched_getaffinity(0)) < 3
+
+
+class ThreadedTorch(Torch):
+    """Stands in for torch, with a number for each thread that asked, and one for those to come."""
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        self.own = threading.local()
+        self.calls = 0
+
+    def get_num_threads(self):
+        if not hasattr(self.own, "threads"):
+            self.own.threads = self.threads
+        return self.own.threads
+
+    def set_num_threads(self, threads):
+        self.calls += 1
+        self.own.threads = self.threads = threads
+
+
+@pytest.fixture
+def torch_of_four(monkeypatch):
+    """Four threads, and an OpenMP that counts for itself."""
+    torch, openmp = ThreadedTorch(4), Library("openmp", 3)
+    loaded = type("Controller", (), {"lib_controllers": [openmp, Library("openblas", 8)]})
+    monkeypatch.setattr(threads, "ThreadpoolController", loaded)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    torch.openmp = openmp
+    return torch
+
+
+def in_thread(function):
+    """Run a function in a new thread and return its result."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(20)
+
+
+def test_a_threads_limit_goes_down_and_up_again_and_never_beyond_the_first(torch_of_four):
+    """Torch and OpenMP follow, each up to what it had."""
+
+    def steps():
+        seen = []
+        for count in (1, 4, 8, 2):
+            threads.limit_this_thread(count)
+            seen.append(
+                (
+                    threads.current_limit(),
+                    torch_of_four.own.threads,
+                    torch_of_four.openmp.num_threads,
+                )
+            )
+        return seen
+
+    assert in_thread(steps) == [(1, 1, 1), (4, 4, 3), (8, 4, 3), (2, 2, 2)]
+
+
+def test_other_threads_keep_their_number(torch_of_four, monkeypatch):
+    """Those that have computed, and those that start later."""
+    monkeypatch.setenv("HORNBEAM_THREADS", "3")
+    assert torch_of_four.get_num_threads() == 4
+    in_thread(lambda: threads.limit_this_thread(1))
+    assert torch_of_four.get_num_threads() == 4
+    assert in_thread(torch_of_four.get_num_threads) == 4
+    assert in_thread(threads.current_limit) == threads.current_limit() == 3
+
+
+def test_the_same_limit_again_tells_torch_nothing(torch_of_four):
+    """It is set before every batch."""
+
+    def steps():
+        threads.limit_this_thread(2)
+        before = torch_of_four.calls
+        for _ in range(5):
+            threads.limit_this_thread(2)
+        return torch_of_four.calls - before
+
+    assert in_thread(steps) == 0
+
+
+def test_torch_that_is_imported_later_is_limited_then(torch_of_four, monkeypatch):
+    """A model may import it with its first batch."""
+
+    def steps():
+        monkeypatch.delitem(sys.modules, "torch")
+        threads.limit_this_thread(2)
+        monkeypatch.setitem(sys.modules, "torch", object())  # half imported
+        threads.limit_this_thread(2)
+        monkeypatch.setitem(sys.modules, "torch", torch_of_four)
+        threads.limit_this_thread(2)
+        return torch_of_four.own.threads
+
+    assert in_thread(steps) == 2
+
+
+def test_real_torch_computes_with_the_limit_of_the_thread():
+    """Also in a thread that never computed before, and after many switches."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+
+    def steps():
+        seen = []
+        for count in (1, before, 1):
+            threads.limit_this_thread(count)
+            torch.ones(64, 64) @ torch.ones(64, 64)
+            seen.append(torch.get_num_threads())
+        return seen
+
+    assert in_thread(steps) == [1, before, 1]
+    assert in_thread(torch.get_num_threads) == torch.get_num_threads() == before

@@ -270,7 +270,9 @@ def test_a_lack_of_descriptors_is_no_reason_to_fall_back(tmp_path, temporary):
 @contextlib.contextmanager
 def exhausted_descriptors(left: int):
     """Leave this process only so many descriptors; not to be used in pytest's own."""
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))  # inherited ones included
+    highest = max(
+        int(path.name) for path in Path("/proc/self/fd").iterdir()
+    )  # inherited ones included
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 60, hard))
     held = []

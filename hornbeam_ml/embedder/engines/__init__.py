@@ -1,0 +1,1 @@
+"""What runs an embedding model: one file for each library."""

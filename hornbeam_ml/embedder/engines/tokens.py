@@ -1,0 +1,42 @@
+"""What the engines that run on token ids have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hornbeam_ml.embedder.tokens import pad
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hornbeam_ml.embedder.settings import TextSettings
+    from hornbeam_ml.embedder.tokens import TextTokenizer
+
+
+class TokenEngine:
+    """An engine whose items are lists of token ids; the library's part is `_vectors`.
+
+    Args:
+        tokenizer: Makes them.
+        settings: Of the model.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, settings: TextSettings) -> None:
+        self._tokenizer = tokenizer
+        self._pad_id = settings.pad_id
+        self.normalizes = settings.normalize
+
+    def prepare(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return self._tokenizer.encode(text)
+
+    def length(self, item: Sequence[int]) -> int:
+        """Return how many there are."""
+        return len(item) or 1
+
+    def run(self, batch: Sequence[Sequence[int]]) -> Any:
+        """Return the vectors of some texts, float32 (n, dim)."""
+        return self._vectors(*pad(batch, self._pad_id))
+
+    def _vectors(self, ids: Any, mask: Any) -> Any:
+        raise NotImplementedError

@@ -1,0 +1,53 @@
+"""torch: on a CPU or a GPU, in the precision of the weights or in bf16."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from hornbeam_ml.embedder.engines.tokens import TokenEngine
+
+if TYPE_CHECKING:
+    from hornbeam_ml.embedder.checkpoint import Checkpoint
+    from hornbeam_ml.embedder.engines.base import Precision
+    from hornbeam_ml.embedder.settings import TextSettings
+    from hornbeam_ml.embedder.tokens import TextTokenizer
+
+
+class TorchEngine(TokenEngine):
+    """The modules of the model under ``torch.inference_mode``.
+
+    Args:
+        checkpoint: The loaded model. Its weights are shared in fp32, copied in bf16.
+        precision: ``fp32`` or ``bf16``.
+        tokenizer: Makes token ids.
+        settings: Of the model.
+    """
+
+    backend = "torch"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        tokenizer: TextTokenizer,
+        settings: TextSettings,
+    ) -> None:
+        import torch
+
+        super().__init__(tokenizer, settings)
+        self.precision: Precision = precision
+        self._torch = torch
+        self._device = torch.device(checkpoint.device)
+        model = checkpoint.token_model()
+        if precision == "bf16":
+            model = copy.deepcopy(model).to(torch.bfloat16)
+        self._model = model
+
+    def _vectors(self, ids: Any, mask: Any) -> Any:
+        torch = self._torch
+        with torch.inference_mode():
+            vectors = self._model(
+                torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device)
+            )
+            return vectors.float().cpu().numpy()

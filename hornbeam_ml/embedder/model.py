@@ -1,0 +1,119 @@
+"""The model behind an embedder, as a serving loads it and calls it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hornbeam_ml import threads
+from hornbeam_ml.embedder.directories import directory_of
+from hornbeam_ml.embedder.loading import Source
+from hornbeam_ml.embedder.probe import probe_texts
+from hornbeam_ml.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hornbeam_ml.embedder.engines.base import Engine
+    from hornbeam_ml.embedder.loading import Wish
+
+
+class Item(NamedTuple):
+    """A text as the engine takes it."""
+
+    prepared: Any
+    normalize: bool
+
+
+class TextModel:
+    """What a serving needs of an embedding model. It does not refer to that serving.
+
+    Args:
+        name: The directory or the name of the model.
+        wish: What kind of engine is asked for.
+    """
+
+    def __init__(self, name: str, wish: Wish) -> None:
+        self.name = name
+        self.wish = wish
+        self.dim = 0
+        self._engine: Engine | None = None
+        self._source: Source | None = None
+        self._start: Callable[[], Callable[[], None] | None] = lambda: None
+
+    def started_by(self, start: Callable[[], None]) -> None:
+        """Say which method has it loaded."""
+        self._start = weakref.WeakMethod(start)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is an engine."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the weights; has it loaded if need be.
+
+        Raises:
+            ModelError: it cannot be.
+        """
+        start = self._start()
+        if self._engine is None and start is not None:
+            start()
+        if self._engine is None:
+            raise ModelError(f"the embedder of {self.name} is gone")
+        return self._engine
+
+    @property
+    def source(self) -> Source:
+        """The model on disk.
+
+        Raises:
+            ModelError: it is not there.
+        """
+        if self._source is None:  # two threads may both make it: they make the same
+            self._source = Source(directory_of(self.name))
+        return self._source
+
+    def load(self) -> Callable[[Sequence[Item]], list[Any]]:
+        """Open the engine and warm it up, for all threads and for a stream's part of them."""
+        engine = self.source.open(self.wish)
+        texts = [engine.prepare(text) for text in probe_texts()[::8]]
+        for parts in (1, self.wish.streams):
+            if self.wish.device == "cpu":
+                threads.limit_this_thread(threads.process_share(parts))
+            self.dim = engine.run(texts).shape[1]
+        self._engine = engine
+        return self.run
+
+    def run(self, batch: Sequence[Item]) -> list[Any]:
+        """Return the vectors of a batch."""
+        vectors = self.engine.run([item.prepared for item in batch])
+        return [
+            _normalized(vector) if item.normalize else vector.copy()
+            for vector, item in zip(vectors, batch, strict=True)
+        ]
+
+    def item(self, text: Any) -> Item:
+        """Return what `run` takes of a text, which may have been made before.
+
+        Raises:
+            TypeError: it is no text.
+        """
+        if isinstance(text, Item):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"an embedder takes a str, not {type(text).__qualname__}")
+        engine = self.engine
+        return Item(engine.prepare(text), engine.normalizes)
+
+    def length(self, item: Item) -> int:
+        """Return the tokens of an item."""
+        return self.engine.length(item.prepared)
+
+
+def _normalized(vector: Any) -> Any:
+    """Return a vector scaled to length 1, or left alone when it has none, as torch does it."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
