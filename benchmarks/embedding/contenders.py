@@ -85,11 +85,13 @@ def infinity(name: str, loader: str, model: str, **rest: Any) -> Contender:
     )
 
 
-def hornbeam(backend: str, app: str = "hornbeam", engine: str = "") -> Contender:
+def hornbeam(
+    name: str, *, app: str = "hornbeam", engine: str = "", backend: str = "", precision: str = "auto"
+) -> Contender:
     return Contender(
-        name=f"hornbeam-{backend}",
+        name=f"hornbeam-{name}",
         app=app,
-        engine=engine or backend,
+        engine=engine or name,
         command=(
             *("{bin}/python", "-m", "gunicorn", "-k", "hornbeam_ml.worker.HornbeamWorker"),
             *("--workers", "{WORKERS}", "--bind", "127.0.0.1:{port}", "--no-control-socket"),
@@ -97,7 +99,8 @@ def hornbeam(backend: str, app: str = "hornbeam", engine: str = "") -> Contender
         ),
         chosen={"WORKERS": 1},
         environ={
-            "BACKEND": backend,
+            "BACKEND": backend or name,
+            "PRECISION": precision,
             "PYTHONPATH": str(ROOT),
             "HORNBEAM_STORE": "lmdb://{folder}/store",
         },
@@ -119,7 +122,7 @@ ALL = (
         name="litserve",
         app="litserve",
         command=("{bin}/python", "app.py"),
-        chosen={"WORKERS": 1, "WAIT_MS": 10, "FAST_QUEUE": 0},
+        chosen={"WORKERS": 1, "WAIT_MS": 0, "FAST_QUEUE": 0},
         tried={"WORKERS": (1, 2), "WAIT_MS": (0, 10, 50), "FAST_QUEUE": (0, 1)},
     ),
     Contender(
@@ -150,7 +153,7 @@ ALL = (
         ),
         body=Body('{"texts": ["', '"]}'),
         where=(0,),
-        chosen={"WORKERS": 1, "MAX_LATENCY_MS": 60000},
+        chosen={"WORKERS": 1, "MAX_LATENCY_MS": 10000},
         tried={"WORKERS": (1, 2), "MAX_LATENCY_MS": (1000, 10000, 60000)},
     ),
     infinity(
@@ -167,7 +170,8 @@ ALL = (
         chosen={"WORKERS": 1},
     ),
     hornbeam("serving", app="hornbeam_serving", engine="torch"),
-    hornbeam("torch"),
+    hornbeam("torch", precision="fp32"),
+    hornbeam("torch-bf16", backend="torch", engine="torch", precision="bf16"),
     hornbeam("onnx"),
     hornbeam("openvino"),
     hornbeam("auto"),

@@ -8,8 +8,13 @@ from pydantic import BaseModel
 
 from hornbeam_ml import Embedder
 
-options = {"queue_limit": int(os.environ["QUEUE_LIMIT"])} if os.environ.get("QUEUE_LIMIT") else {}
-embedder = Embedder(os.environ["MODEL"], backend=os.environ["BACKEND"], cache=False, **options)
+embedder = Embedder(
+    os.environ["MODEL"],
+    backend=os.environ["BACKEND"],
+    precision=os.environ["PRECISION"],
+    queue_limit=int(os.environ.get("QUEUE_LIMIT", "1024")),
+    cache=False,
+)
 app = FastAPI()
 
 
