@@ -219,9 +219,10 @@ class _Thread:
         self._lock = threading.Lock()
         self._running: _Call | None = None
         self._ident: int | None = None
-        self._over = threading.Event()
         _threads.add(self)
-        threading.Thread(target=self._main, name=f"hornbeam-{name}", daemon=True).start()
+        thread = threading.Thread(target=self._main, name=f"hornbeam-{name}", daemon=True)
+        thread.start()
+        _remember(thread)
 
     def is_own(self) -> bool:
         return self._ident == threading.get_ident()
@@ -245,14 +246,9 @@ class _Thread:
             if call.promise.set_running_or_notify_cancel():
                 call.promise.set_exception(StreamClosed(reason))
 
-    def wait(self, timeout: float) -> None:
-        self._over.wait(timeout)
-
     def forget_after_fork(self) -> None:
         """In a forked child: refuse further use, and finish whoever waits here."""
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._over.set()
         self._ident = None
         self.reason = (
             f"stream {self._name!r} belongs to the process that made it, the parent of this one: "
@@ -290,7 +286,6 @@ class _Thread:
                 running.promise.set_exception(StreamClosed(reason))
             if _local.loop is not None:
                 _local.loop.close()
-            self._over.set()
 
     def _serve(self) -> None:
         while (call := self.calls.get()) is not None:
@@ -348,6 +343,13 @@ def _run_apart(outcome: Promise, wait: Callable[[], Any]) -> None:
 
 
 _threads: weakref.WeakSet[_Thread] = weakref.WeakSet()  # to be told of a fork and of the exit
+_os_threads: set[threading.Thread] = set()  # also while one clears up after its stream is forgotten
+
+
+def _remember(thread: threading.Thread) -> None:
+    for ended in [each for each in list(_os_threads) if not each.is_alive()]:
+        _os_threads.discard(ended)
+    _os_threads.add(thread)
 
 
 def _forget_after_fork() -> None:
@@ -356,13 +358,15 @@ def _forget_after_fork() -> None:
 
 
 def _close_at_exit() -> None:
-    """Let what runs finish: native code may crash an interpreter that shuts down around it."""
-    threads = list(_threads)
-    for thread in threads:
-        thread.close("the process exits")
+    """Let what runs finish: native code may crash an interpreter that shuts down around it.
+
+    That includes the destructors of what a library keeps for each thread, after the last call.
+    """
+    for stream in list(_threads):
+        stream.close("the process exits")
     deadline = time.monotonic() + _EXIT_WAIT_S
-    for thread in threads:
-        thread.wait(max(0.0, deadline - time.monotonic()))
+    for thread in list(_os_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -177,14 +177,25 @@ class Source:
         """Return what is known of some engines; one process of the machine finds it out."""
         key = machine_key(device=wish.device, streams=wish.streams, candidates=candidates)
         name = f"choice-{key}.json"
-        report = _remembered(kept, name)
+        report = self._remembered(kept, name)
         if report is None:
             with kept.only_one():
-                report = _remembered(kept, name)
+                report = self._remembered(kept, name)
                 if report is None:
                     report = self._prepared(kept, wish, candidates)
                     kept.write(name, msgspec.json.encode(report))
         return report
+
+    def _remembered(self, kept: Workshop, name: str) -> Report | None:
+        """Return what was measured before, unless a file of it is gone."""
+        try:
+            report = msgspec.json.decode(kept.path(name).read_bytes(), type=Report)
+        except (OSError, msgspec.DecodeError):
+            return None
+        best = report.best()
+        file = FILES.get((best.backend, best.precision)) if best else None
+        files = self.exported or kept
+        return report if file is None or files.path(file).is_file() else None
 
     def _best(self, kept: Workshop, wish: Wish, report: Report) -> Engine:
         best = report.best()
@@ -251,17 +262,6 @@ class Source:
         logger.warning(
             "%s runs on SentenceTransformer.encode, since %s", self.directory.name, problem
         )
-
-
-def _remembered(kept: Workshop, name: str) -> Report | None:
-    """Return what was measured before, unless a file of it is gone."""
-    try:
-        report = msgspec.json.decode(kept.path(name).read_bytes(), type=Report)
-    except (OSError, msgspec.DecodeError):
-        return None
-    best = report.best()
-    file = FILES.get((best.backend, best.precision)) if best else None
-    return report if file is None or kept.path(file).is_file() else None
 
 
 def _run_preparation(request: Request) -> Report:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 PLACE: Final = "HORNBEAM_CACHE"
 _LEFT_BEHIND_S: Final = 3600.0
-_LIBRARIES: Final = ("torch", "sentence-transformers", "openvino", "onnxruntime", "tokenizers")
+_LIBRARIES: Final = (
+    *("torch", "transformers", "sentence-transformers", "tokenizers"),
+    *("openvino", "onnx", "onnxscript", "onnxruntime"),
+)
 SETTINGS: Final = "hornbeam.json"
 TOKENIZER: Final = "tokenizer.json"
 REFERENCE: Final = "probe.npy"
@@ -99,7 +102,7 @@ class Workshop:
 
 
 def workshop_for(fingerprint: str, environ: Mapping[str, str] = os.environ) -> Workshop:
-    """Return where the files of a model are kept.
+    """Return where the files of a model are kept that these versions of the libraries make.
 
     That is in ``HORNBEAM_CACHE``, or ``$XDG_CACHE_HOME/hornbeam``, or ``~/.cache/hornbeam``; when
     it cannot be written to, in the directory for temporary files.
@@ -107,8 +110,9 @@ def workshop_for(fingerprint: str, environ: Mapping[str, str] = os.environ) -> W
     Raises:
         OSError: none of them can be written to.
     """
+    made_with = _digest({"libraries": {name: _version(name) for name in _LIBRARIES}})
     for root in _roots(environ):
-        directory = root / fingerprint[:32]
+        directory = root / f"{fingerprint[:32]}-{made_with}"
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             if all(map(_is_ours, (root.parent, directory))) and os.access(directory, os.W_OK):
@@ -119,15 +123,13 @@ def workshop_for(fingerprint: str, environ: Mapping[str, str] = os.environ) -> W
 
 
 def machine_key(**others: Any) -> str:
-    """Return a digest of what else decides how fast an engine is: CPU, libraries, and `others`."""
-    facts = {
-        "cpu": cpu_flags(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-        "format": FORMAT,
-        **others,
-    }
-    data = msgspec.json.encode(facts, order="deterministic")
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
+    """Return a digest of what else decides how fast an engine is: the CPU, and `others`."""
+    return _digest({"cpu": cpu_flags(), **others})
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    data = msgspec.json.encode({"format": FORMAT, **facts}, order="deterministic")
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _roots(environ: Mapping[str, str]) -> Iterator[Path]:

@@ -19,7 +19,7 @@ import pytest
 from embedding_models import DIM, REAL, make_model, some_texts
 
 from hornbeam_ml import Embedder, ModelError, cache_scope, predict, with_stream
-from hornbeam_ml.embedder import loading
+from hornbeam_ml.embedder import loading, workshop
 from hornbeam_ml.embedder.loading import Wish
 from hornbeam_ml.embedder.measurements import Measurement, Report, fastest
 from hornbeam_ml.embedder.prepare import prepare
@@ -464,6 +464,24 @@ print(json.dumps([embedder.encode({TEXTS[:8]!r}).tolist(), embedder.backend, emb
         assert used == backend
         assert np.allclose(vectors, wanted, atol=1e-4)
         assert fingerprint == Embedder(tiny[1]).fingerprint
+
+
+def test_an_export_is_measured_once(exported, monkeypatch):
+    """Its files lie elsewhere than the choice among them."""
+    with Embedder(exported, precision="exact", cache=False) as embedder:
+        wanted = embedder.encode("some text")
+    monkeypatch.setattr(loading, "_run_preparation", None)  # would raise
+    with Embedder(exported, precision="exact", cache=False) as embedder:
+        assert np.array_equal(embedder.encode("some text"), wanted)
+
+
+def test_other_versions_of_the_libraries_convert_anew(tmp_path, monkeypatch):
+    """A file of one version may not be what another one reads."""
+    here = {"HORNBEAM_CACHE": str(tmp_path)}
+    before = workshop_for("abc", here).directory
+    assert workshop_for("abc", here).directory == before
+    monkeypatch.setattr(workshop, "_version", lambda name: f"{name} of tomorrow")
+    assert workshop_for("abc", here).directory != before
 
 
 def test_an_export_has_no_weights_for_torch(exported):

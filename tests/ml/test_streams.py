@@ -346,7 +346,27 @@ def test_collecting_a_stream_needs_no_lock_and_no_other_thread(gate):
         running.result(LIMIT_S)
         del running
         gc.collect()
-    until(thread._over.is_set, "its thread ends")
+    until(lambda: thread.reason is not None, "its thread ends")
+
+
+def test_the_exit_waits_until_a_thread_has_dropped_what_was_its_own():
+    """Native code that is cut off there ends the process with SIGABRT."""
+    program = """
+import threading, time
+from hornbeam_ml import Stream
+class Slow:
+    def __del__(self):
+        time.sleep(0.3)
+        print("dropped", flush=True)
+own = threading.local()
+stream = Stream()
+stream.run(lambda: setattr(own, "value", Slow()))
+stream.close()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, timeout=LIMIT_S
+    )
+    assert ran.stdout == b"dropped\n"
 
 
 def test_a_fault_in_the_thread_finishes_everybody(monkeypatch, stream, gate):
