@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 
 _LONGEST_TEXT: Final = 1_000_000  # tokens; tokenizers without a limit say 1e30
+_POSITIONS_AFTER_PAD: Final = {"roberta", "xlm-roberta", "camembert"}
+_PACKING: Final = {"bert", "electra"} | _POSITIONS_AFTER_PAD
+"""Kinds of models in which a token sees all others of its text, and its own position: not those
+with windows, relative positions, or an order of generation. Each is checked on texts as well."""
 
 
 class Checkpoint:
@@ -61,6 +65,8 @@ class Checkpoint:
         limit = model.max_seq_length or tokenizer.model_max_length
         if not dim or not limit or limit > _LONGEST_TEXT:
             raise Unsupported("its dimension or its longest text are not known")
+        pad_id = tokenizer.pad_token_id or 0
+        kind = getattr(first.auto_model.config, "model_type", "")
         prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
         return TextSettings(
             fingerprint=fingerprint,
@@ -69,7 +75,9 @@ class Checkpoint:
             prompt=prompt or "",
             lower_case=bool(getattr(first, "do_lower_case", False)),
             normalize=self.normalize,
-            pad_id=tokenizer.pad_token_id or 0,
+            pad_id=pad_id,
+            packs=kind in _PACKING,
+            first_position=pad_id + 1 if kind in _POSITIONS_AFTER_PAD else 0,
         )
 
     def tokenizer_definition(self) -> str:
@@ -77,9 +85,9 @@ class Checkpoint:
         definition: str = self.sentence_model.tokenizer.backend_tokenizer.to_str()
         return definition
 
-    def token_model(self) -> Any:
-        """Return a torch module from ids and mask, int64 (n, m), to vectors (n, dim)."""
-        return _token_model(self.modules)
+    def token_model(self, *, packs: bool) -> Any:
+        """Return a torch module from the arrays of `layout.pad`, or `pack`, to vectors (n, dim)."""
+        return _packed_model(self.modules) if packs else _padded_model(self.modules)
 
     def encode(self, texts: Sequence[str]) -> Any:
         """Return the vectors of texts as sentence-transformers computes them, (n, dim) float32.
@@ -106,10 +114,10 @@ def _plain_encode(model: Any) -> Any:
     return lambda texts: model.encode(list(texts), show_progress_bar=False)
 
 
-def _token_model(modules: Sequence[Any]) -> Any:
+def _padded_model(modules: Sequence[Any]) -> Any:
     import torch
 
-    class TokenModel(torch.nn.Module):  # type: ignore[misc] # torch is untyped for us
+    class PaddedModel(torch.nn.Module):  # type: ignore[misc] # torch is untyped for us
         """The modules of a SentenceTransformer, from token ids to vectors."""
 
         def __init__(self) -> None:
@@ -122,4 +130,40 @@ def _token_model(modules: Sequence[Any]) -> Any:
                 features = part(features)
             return features["sentence_embedding"]
 
-    return TokenModel().eval()
+    return PaddedModel().eval()
+
+
+def _packed_model(modules: Sequence[Any]) -> Any:
+    import torch
+
+    class PackedModel(torch.nn.Module):  # type: ignore[misc] # torch is untyped for us
+        """The same, with several texts in a row for the first module, one for the others."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = modules[0]
+            self.others = torch.nn.ModuleList(modules[1:])
+
+        def forward(
+            self,
+            input_ids: Any,
+            position_ids: Any,
+            segments: Any,
+            places: Any,
+            attention_mask: Any,
+        ) -> Any:
+            same_text = segments[:, None, :, None] == segments[:, None, None, :]
+            features = self.first(
+                {
+                    "input_ids": input_ids,
+                    "position_ids": position_ids,
+                    "attention_mask": same_text,
+                }
+            )
+            tokens = features["token_embeddings"].flatten(0, 1)[places]
+            features = {"token_embeddings": tokens, "attention_mask": attention_mask}
+            for part in self.others:
+                features = part(features)
+            return features["sentence_embedding"]
+
+    return PackedModel().eval()

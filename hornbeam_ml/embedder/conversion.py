@@ -4,47 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from hornbeam_ml.embedder.layout import PACKED, PADDED, pack, pad
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-_EXAMPLE: Final = (2, 8)  # texts, tokens; both are left open in the result
+    from hornbeam_ml.embedder.settings import TextSettings
+
+_EXAMPLE: Final = [[5] * 70, [6] * 60, [7] * 50]  # texts; rows and lengths are left open
 
 
-def to_openvino(model: Any, path: Path) -> None:
-    """Write a model from ids and mask, int64 (n, m), to vectors as OpenVINO's ``.xml``.
+def to_openvino(model: Any, path: Path, settings: TextSettings) -> None:
+    """Write a model, as `Checkpoint.token_model` returns it, as OpenVINO's ``.xml``.
 
     About a second for all-MiniLM-L6-v2, with an error of 5e-6.
     """
     import openvino
 
-    ids, mask = _example()
-    converted = openvino.convert_model(
-        model, example_input={"input_ids": ids, "attention_mask": mask}
-    )
+    converted = openvino.convert_model(model, example_input=_example(settings))
     openvino.save_model(converted, path, compress_to_fp16=False)
 
 
-def to_onnx(model: Any, path: Path, longest: int) -> None:
+def to_onnx(model: Any, path: Path, settings: TextSettings) -> None:
     """Write such a model as ONNX.
 
     About 6 s for all-MiniLM-L6-v2, with an error of 3e-6.
-
-    Args:
-        model: The torch module.
-        path: Where to.
-        longest: The most tokens of a text.
     """
     import torch
 
-    texts = torch.export.Dim("texts", min=1)
-    tokens = torch.export.Dim("tokens", min=1, max=max(longest, _EXAMPLE[1]))
+    names = PACKED if settings.packs else PADDED
+    auto = torch.export.Dim.AUTO
     torch.onnx.export(
         model,
-        _example(),
+        _example(settings),
         str(path),
-        input_names=["input_ids", "attention_mask"],
+        input_names=list(names),
         output_names=["sentence_embedding"],
-        dynamic_shapes=({0: texts, 1: tokens}, {0: texts, 1: tokens}),
+        dynamic_shapes=[{0: auto, 1: auto} for _ in names],
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -58,7 +54,8 @@ def to_int8(source: Path, path: Path) -> None:
     quantize_dynamic(str(source), str(path), weight_type=QuantType.QInt8, per_channel=True)
 
 
-def _example() -> tuple[Any, Any]:
+def _example(settings: TextSettings) -> tuple[Any, ...]:
     import torch
 
-    return torch.ones(_EXAMPLE, dtype=torch.long), torch.ones(_EXAMPLE, dtype=torch.long)
+    arrays = pack(_EXAMPLE, 0) if settings.packs else pad(_EXAMPLE, 0)
+    return tuple(map(torch.from_numpy, arrays))

@@ -15,7 +15,7 @@ import msgspec
 from hornbeam_ml.embedder.engines.opening import check_installed, is_installed, open_engine
 from hornbeam_ml.embedder.fingerprint import fingerprint_of
 from hornbeam_ml.embedder.measurements import Report, Request
-from hornbeam_ml.embedder.probe import check_same, probe_texts
+from hornbeam_ml.embedder.probe import probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
 from hornbeam_ml.embedder.workshop import FILES, Workshop, cpu_flags, machine_key, workshop_for
 from hornbeam_ml.errors import ModelError
@@ -235,19 +235,18 @@ class Source:
 
     def _torch(self, wish: Wish, precision: Precision) -> Engine:
         from hornbeam_ml.embedder.checkpoint import Checkpoint
+        from hornbeam_ml.embedder.description import describe
         from hornbeam_ml.embedder.engines.torch import TorchEngine
         from hornbeam_ml.embedder.engines.whole import WholeEngine
         from hornbeam_ml.embedder.tokens import TextTokenizer
 
         checkpoint = Checkpoint(self.directory, wish.device)
         try:
-            settings = checkpoint.settings(self.fingerprint)
-            tokenizer = TextTokenizer(checkpoint.tokenizer_definition(), settings)
-            engine = TorchEngine(checkpoint, "fp32", tokenizer, settings)
-            check_same(engine, checkpoint.encode(probe_texts()))
+            settings = describe(checkpoint, self.fingerprint, checkpoint.encode(probe_texts()))
         except Unsupported as problem:
             self._say_whole(str(problem))
             return WholeEngine(checkpoint)
+        tokenizer = TextTokenizer(checkpoint.tokenizer_definition(), settings)
         return TorchEngine(checkpoint, precision, tokenizer, settings)
 
     def _whole(self, wish: Wish, problem: str) -> Engine:

@@ -18,9 +18,10 @@ import numpy as np
 
 from hornbeam_ml.embedder import conversion
 from hornbeam_ml.embedder.checkpoint import Checkpoint
+from hornbeam_ml.embedder.description import describe
 from hornbeam_ml.embedder.engines.opening import open_engine
 from hornbeam_ml.embedder.measurements import Measurement, Report, Request
-from hornbeam_ml.embedder.probe import check_same, measure, probe_texts
+from hornbeam_ml.embedder.probe import measure, probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
 from hornbeam_ml.embedder.workshop import FILES, REFERENCE, SETTINGS, TOKENIZER, Workshop
 from hornbeam_ml.errors import ModelError
@@ -31,24 +32,19 @@ if TYPE_CHECKING:
     from hornbeam_ml.embedder.engines.base import Engine
 
 
-def describe(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> None:
+def write_description(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> None:
     """Write down how a model is run on token ids, having checked that it can be.
 
     Raises:
         Unsupported: it cannot; on some texts the vectors differ.
     """
-    settings = checkpoint.settings(fingerprint)
     reference = checkpoint.encode(probe_texts())
-    workshop.write(TOKENIZER, checkpoint.tokenizer_definition().encode())
+    settings = describe(checkpoint, fingerprint, reference)
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(reference, np.float32), allow_pickle=False)
+    workshop.write(TOKENIZER, checkpoint.tokenizer_definition().encode())
     workshop.write(REFERENCE, buffer.getvalue())
     workshop.write(SETTINGS, msgspec.json.encode(settings))
-    try:
-        check_same(open_engine(workshop, "torch", "fp32", checkpoint), reference)
-    except Unsupported:
-        workshop.path(SETTINGS).unlink()
-        raise
 
 
 def convert(checkpoint: Checkpoint, workshop: Workshop, backend: str, precision: str) -> None:
@@ -64,12 +60,12 @@ def convert(checkpoint: Checkpoint, workshop: Workshop, backend: str, precision:
     settings = workshop.settings()
     if settings is None:
         raise ModelError("the model has no description yet")
-    model = checkpoint.token_model()
+    model = checkpoint.token_model(packs=settings.packs)
     with workshop.writing(name) as path:
         if backend == "openvino":
-            conversion.to_openvino(model, path)
+            conversion.to_openvino(model, path, settings)
         else:
-            conversion.to_onnx(model, path, settings.max_length)
+            conversion.to_onnx(model, path, settings)
 
 
 def prepare(request: Request) -> Report:
@@ -79,7 +75,7 @@ def prepare(request: Request) -> Report:
     if request.model is not None:
         checkpoint = Checkpoint(Path(request.model), request.device)
         try:
-            describe(checkpoint, request.fingerprint, workshop)
+            write_description(checkpoint, request.fingerprint, workshop)
         except Unsupported as problem:
             return Report(unsupported=str(problem))
     return Report(measurements=list(_measurements(request, workshop, checkpoint)))

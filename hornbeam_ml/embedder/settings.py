@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the files of an exported model; another number means that they cannot be read."""
 
 
@@ -21,6 +21,8 @@ class TextSettings(msgspec.Struct, frozen=True, kw_only=True):
         lower_case: Whether texts are lowered before the tokenizer sees them.
         normalize: Whether the model's own last step makes vectors of length 1.
         pad_id: The token that fills up shorter texts of a batch.
+        packs: Whether several texts can share a row; see `layout.pack`.
+        first_position: The position of a text's first token, for models that pack.
         format: The version of this description.
     """
 
@@ -31,6 +33,8 @@ class TextSettings(msgspec.Struct, frozen=True, kw_only=True):
     lower_case: bool = False
     normalize: bool = False
     pad_id: int = 0
+    packs: bool = False
+    first_position: int = 0
     format: int = FORMAT
 
 

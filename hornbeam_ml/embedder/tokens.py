@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from hornbeam_ml.embedder.settings import TextSettings
 
 
@@ -38,22 +34,3 @@ class TextTokenizer:
         text = self._prompt + text
         ids: list[int] = self._tokenizer.encode(text.lower() if self._lower_case else text).ids
         return ids
-
-
-def pad(batch: Sequence[Sequence[int]], pad_id: int) -> tuple[Any, Any]:
-    """Return the token ids of a batch as one array, and its mask.
-
-    Args:
-        batch: Token ids of n texts, the longest of which has m.
-        pad_id: Fills up the others.
-
-    Returns:
-        Two int64 arrays of shape (n, m): the ids, and 1 where a token stands, 0 where padding.
-    """
-    longest = max(map(len, batch))
-    ids = np.full((len(batch), longest), pad_id, np.int64)
-    mask = np.zeros((len(batch), longest), np.int64)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return ids, mask

@@ -9,6 +9,7 @@ from hornbeam_ml import threads
 from hornbeam_ml.embedder.engines.tokens import TokenEngine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from hornbeam_ml.embedder.engines.base import Precision
@@ -41,9 +42,9 @@ class OnnxEngine(TokenEngine):
         self._sessions: dict[int, Any] = {}
         self._lock = threading.Lock()
 
-    def _vectors(self, ids: Any, mask: Any) -> Any:
+    def _vectors(self, arrays: Sequence[Any]) -> Any:
         session = self._session(threads.current_limit())
-        return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        return session.run(None, dict(zip(self._names, arrays, strict=True)))[0]
 
     def _session(self, share: int) -> Any:
         session = self._sessions.get(share)

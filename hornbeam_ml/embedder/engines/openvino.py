@@ -9,6 +9,7 @@ from hornbeam_ml import threads
 from hornbeam_ml.embedder.engines.tokens import TokenEngine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from hornbeam_ml.embedder.engines.base import Precision
@@ -47,9 +48,9 @@ class OpenVinoEngine(TokenEngine):
         self._lock = threading.Lock()
         self._requests = threading.local()
 
-    def _vectors(self, ids: Any, mask: Any) -> Any:
+    def _vectors(self, arrays: Sequence[Any]) -> Any:
         request = self._request(threads.current_limit())
-        request.infer({0: ids, 1: mask}, share_inputs=True)
+        request.infer(dict(enumerate(arrays)), share_inputs=True)
         return request.get_output_tensor(0).data.copy()
 
     def _request(self, share: int) -> Any:

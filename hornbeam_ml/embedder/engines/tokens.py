@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hornbeam_ml.embedder.tokens import pad
+from hornbeam_ml.embedder.layout import PACKED, PADDED, pack, pad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,8 @@ class TokenEngine:
 
     def __init__(self, tokenizer: TextTokenizer, settings: TextSettings) -> None:
         self._tokenizer = tokenizer
-        self._pad_id = settings.pad_id
+        self._settings = settings
+        self._names = PACKED if settings.packs else PADDED
         self.normalizes = settings.normalize
 
     def prepare(self, text: str) -> list[int]:
@@ -36,7 +37,11 @@ class TokenEngine:
 
     def run(self, batch: Sequence[Sequence[int]]) -> Any:
         """Return the vectors of some texts, float32 (n, dim)."""
-        return self._vectors(*pad(batch, self._pad_id))
+        pad_id = self._settings.pad_id
+        if self._settings.packs:
+            return self._vectors(pack(batch, pad_id, self._settings.first_position))
+        return self._vectors(pad(batch, pad_id))
 
-    def _vectors(self, ids: Any, mask: Any) -> Any:
+    def _vectors(self, arrays: Sequence[Any]) -> Any:
+        """Return what the model makes of the arrays that `_names` names."""
         raise NotImplementedError

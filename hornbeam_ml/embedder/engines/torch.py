@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from hornbeam_ml.embedder.engines.tokens import TokenEngine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hornbeam_ml.embedder.checkpoint import Checkpoint
     from hornbeam_ml.embedder.engines.base import Precision
     from hornbeam_ml.embedder.settings import TextSettings
@@ -35,19 +39,19 @@ class TorchEngine(TokenEngine):
     ) -> None:
         import torch
 
+        if checkpoint.device != "cpu":  # there padding costs little, and a mask for each row much
+            settings = msgspec.structs.replace(settings, packs=False)
         super().__init__(tokenizer, settings)
         self.precision: Precision = precision
         self._torch = torch
         self._device = torch.device(checkpoint.device)
-        model = checkpoint.token_model()
+        model = checkpoint.token_model(packs=settings.packs)
         if precision == "bf16":
             model = copy.deepcopy(model).to(torch.bfloat16)
         self._model = model
 
-    def _vectors(self, ids: Any, mask: Any) -> Any:
+    def _vectors(self, arrays: Sequence[Any]) -> Any:
         torch = self._torch
         with torch.inference_mode():
-            vectors = self._model(
-                torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device)
-            )
-            return vectors.float().cpu().numpy()
+            tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
+            return self._model(*tensors).float().cpu().numpy()
