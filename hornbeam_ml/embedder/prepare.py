@@ -39,6 +39,9 @@ def describe(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> No
     """
     settings = checkpoint.settings(fingerprint)
     reference = checkpoint.encode(probe_texts())
+    found = workshop.settings()
+    if found is None or found.fingerprint != fingerprint:
+        workshop.discard()  # an export of another model, or one of which nothing is known
     workshop.write(TOKENIZER, checkpoint.tokenizer_definition().encode())
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(reference, np.float32), allow_pickle=False)
