@@ -40,6 +40,9 @@ def write_description(checkpoint: Checkpoint, fingerprint: str, workshop: Worksh
     """
     reference = checkpoint.encode(probe_texts())
     settings = describe(checkpoint, fingerprint, reference)
+    found = workshop.settings()
+    if found is None or found.fingerprint != fingerprint:
+        workshop.discard()  # an export of another model, or one of which nothing is known
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(reference, np.float32), allow_pickle=False)
     workshop.write(TOKENIZER, checkpoint.tokenizer_definition().encode())

@@ -1,0 +1,212 @@
+"""What an embedder does when files, processes, callers or the model are not as they should be."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from embedding_models import make_model
+
+from hornbeam_ml import Embedder, ModelError
+from hornbeam_ml.embedder import conversion, loading
+from hornbeam_ml.embedder.measurements import Measurement, Report
+from hornbeam_ml.embedder.prepare import prepare
+from hornbeam_ml.embedder.workshop import SETTINGS, workshop_for
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    """A directory for converted models that is this test's own."""
+    monkeypatch.setenv("HORNBEAM_CACHE", str(tmp_path / "kept"))
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    """Convert and measure in this process; the list of what was asked for."""
+    requests = []
+
+    def prepare_here(request):
+        requests.append(request)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # converters warn of their own ends
+            return prepare(request)
+
+    monkeypatch.setattr(loading, "_run_preparation", prepare_here)
+    return requests
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Where models lie that were converted before."""
+    return tmp_path_factory.mktemp("converted")
+
+
+@pytest.fixture(autouse=True)
+def convert_once(converted, monkeypatch):
+    """Convert each model once for all tests, as that takes seconds."""
+
+    def once(convert):
+        def copied(model, path, *rest):
+            weights = [round(float(part.double().sum()), 6) for part in model.parameters()]
+            made = converted / f"{abs(hash(tuple(weights)))}-{path.suffix[1:]}"
+            if not made.exists():
+                made.mkdir()
+                convert(model, made / path.name, *rest)
+            shutil.copytree(made, path.parent, dirs_exist_ok=True)
+
+        return copied
+
+    for name in ("to_openvino", "to_onnx"):
+        monkeypatch.setattr(conversion, name, once(getattr(conversion, name)))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Where a small model lies."""
+    path = tmp_path_factory.mktemp("tiny")
+    make_model(path)
+    return path / "model"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Where another lies."""
+    path = tmp_path_factory.mktemp("other")
+    make_model(path, seed=5)
+    return path / "model"
+
+
+def on_openvino(model):
+    return Embedder(model, backend="openvino", precision="fp32", cache=False)
+
+
+@pytest.fixture
+def quick_export(monkeypatch):
+    """Exports are for one library: the other takes seconds."""
+    monkeypatch.setattr(loading, "is_installed", lambda name: name == "openvino")
+
+
+# Exports.
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_the_choice_for_an_export_is_remembered(tiny, tmp_path, prepared):
+    """A later start does not measure again."""
+    Embedder(tiny).export(tmp_path / "export")
+    prepared.clear()
+    for _ in range(2):
+        with Embedder(tmp_path / "export", cache=False) as embedder:
+            embedder.start()
+    assert len(prepared) == 1
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_an_export_replaces_that_of_another_model(tiny, other, tmp_path):
+    """As after training: nothing of the old one is left beside the new tokenizer."""
+    path, copied = tmp_path / "export", tmp_path / "copied"
+    Embedder(tiny).export(path)
+    Embedder(tiny).export(copied)
+    with on_openvino(path) as embedder:
+        first = embedder.encode("some text")
+    Embedder(other).export(path)
+    with on_openvino(path) as embedder:
+        assert embedder.fingerprint == Embedder(other).fingerprint
+        assert abs(embedder.encode("some text") @ first) < 0.9
+    Embedder(copied).export(path)
+    with on_openvino(path) as embedder:
+        assert np.allclose(embedder.encode("some text"), first, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_an_export_overwrites_no_model(tiny, other, tmp_path):
+    """Neither the one it is made of, nor another that lies there."""
+    with pytest.raises(ModelError, match="another directory"):
+        Embedder(tiny).export(tiny)
+    with pytest.raises(ModelError, match="another directory"):
+        Embedder(tiny).export(other)
+    assert not (tiny / SETTINGS).exists()
+    Embedder(tiny).export(tmp_path / "export")
+    with pytest.raises(ModelError, match="another directory"):
+        Embedder(tmp_path / "export").export(tmp_path / "export")
+
+
+# Kept files.
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("openvino/model.xml", "halved"),
+        ("openvino/model.bin", "halved"),
+        ("openvino/model.bin", "gone"),
+        ("tokenizer.json", "halved"),
+        ("hornbeam.json", "gone"),
+    ],
+)
+def test_damaged_files_are_made_again(tiny, caplog, prepared, name, harm):
+    """A full disk, a power cut: the next start heals it, and says so."""
+    with on_openvino(tiny) as embedder:
+        wanted = embedder.encode("some text")
+    path = workshop_for(embedder.fingerprint).path(name)
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "halved":
+        path.write_bytes(data[: len(data) // 2])
+    for _ in range(2):
+        with on_openvino(tiny) as embedder:
+            assert np.allclose(embedder.encode("some text"), wanted, atol=1e-6)
+    assert caplog.text.count("made again") == 1
+    assert len(prepared) == 2
+
+
+def test_a_damaged_session_is_noticed_when_it_is_opened(tiny):
+    """By onnxruntime, too, before the first text comes."""
+    with Embedder(tiny, backend="onnx", precision="fp32", cache=False) as embedder:
+        wanted = embedder.encode("some text")
+    path = workshop_for(embedder.fingerprint).path("onnx/model.onnx")
+    path.write_bytes(path.read_bytes()[:1000])
+    with Embedder(tiny, backend="onnx", precision="fp32", cache=False) as embedder:
+        assert np.allclose(embedder.encode("some text"), wanted, atol=1e-6)
+
+
+def test_a_failure_is_not_remembered_for_good(tiny, prepared, monkeypatch):
+    """Disks are full at times; with an engine named there is nothing to remember at all."""
+    measure = loading._run_preparation
+
+    def on_a_full_disk(request):
+        report = measure(request)
+        failed = [
+            found
+            if found.backend == "torch"
+            else Measurement(backend=found.backend, precision=found.precision, problem="no space")
+            for found in report.measurements
+        ]
+        return Report(measurements=failed)
+
+    monkeypatch.setattr(loading, "is_installed", lambda name: name != "onnx")
+    monkeypatch.setattr(loading, "_run_preparation", on_a_full_disk)
+    with on_openvino(tiny) as embedder, pytest.raises(ModelError, match="no space"):
+        embedder.start()
+    for _ in range(2):  # the second process of the same start
+        with Embedder(tiny, precision="exact", cache=False) as embedder:
+            assert embedder.backend == "torch"
+    assert len(prepared) == 2
+    monkeypatch.setattr(loading, "_run_preparation", measure)
+    monkeypatch.setattr(loading, "FAILURES_COUNT_S", 0.0)
+    with on_openvino(tiny) as embedder:
+        embedder.start()
+    with Embedder(tiny, precision="exact", cache=False) as embedder:
+        embedder.start()
+    assert len(prepared) == 4
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_another_precision_than_asked_for_is_an_error(tiny, tmp_path, monkeypatch, precision):
+    """Also where nothing can be kept, and torch in fp32 would do for `auto`."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HORNBEAM_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(loading, "cpu_flags", lambda: ["avx512_bf16"])
+    with Embedder(tiny, precision=precision) as embedder, pytest.raises(ModelError):
+        embedder.start()
