@@ -182,6 +182,11 @@ class Source:
             with kept.only_one():
                 report = self._remembered(kept, name)
                 if report is None:
+                    logger.info(
+                        "%s is converted and measured, once for this machine; takes about half a "
+                        "minute; kept in %s",
+                        *(self.directory.name, kept.directory),
+                    )
                     report = self._prepared(kept, wish, candidates)
                     kept.write(name, msgspec.json.encode(report))
         return report
