@@ -35,7 +35,7 @@ def pixels(image):
     return np.asarray(image, np.float32)[np.newaxis] / 255 - 0.5
 
 
-def train(steps=300):
+def train(steps=200):
     """Return a network that has seen 64 new drawings in each step; always the same one."""
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
@@ -54,12 +54,18 @@ def train(steps=300):
     return network.eval()
 
 
-def build(width=16):
-    layers = []
-    for channels in (1, width, width):
-        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * width, len(SHAPES)))
+def build():
+    return nn.Sequential(
+        *block(1, 16, 8, stride=4, padding=2),
+        *block(16, 32, 3),
+        *block(32, 32, 3),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, len(SHAPES)),
+    )
+
+
+def block(before, after, kernel, **options):
+    return nn.Conv2d(before, after, kernel, **options), nn.BatchNorm2d(after), nn.ReLU()
 
 
 def png(image):
