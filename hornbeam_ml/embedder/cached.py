@@ -16,6 +16,7 @@ PREFIX: Final = "embeddings"
 """The `cache_prefix` of all vectors."""
 
 _MOST_AT_A_TIME: Final = 32
+"""Texts of one call that wait in the queue: the next follows when one is done."""
 
 
 class Vectors(Protocol):
@@ -60,10 +61,18 @@ async def acached_vectors(vectors: Vectors, texts: Sequence[str]) -> list[Any]:
 
     if len(texts) <= 1:
         return [await one(text) for text in texts]
-    tasks = [asyncio.ensure_future(one(text)) for text in texts]
+    rows: list[Any] = [None] * len(texts)
+    left = iter(range(len(texts)))
+
+    async def some() -> None:
+        for index in left:
+            rows[index] = await one(texts[index])
+
+    tasks = [asyncio.create_task(some()) for _ in range(min(len(texts), _MOST_AT_A_TIME))]
     try:
-        return list(await asyncio.gather(*tasks))
+        await asyncio.gather(*tasks)
     finally:
         for task in tasks:  # after an error the others are of no use
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -79,6 +80,7 @@ class Embedder:
     ) -> None:
         self.model = str(model)
         self._cache = cache
+        self._deadline_ms = deadline_ms
         on_gpu = pick_device(check_device(device)) != "cpu"
         streams = 1 if on_gpu else min(threads.process_share(1), _MOST_STREAMS)
         wish = Wish(
@@ -119,7 +121,7 @@ class Embedder:
             normalize: Whether vectors have length 1; None: as the model's own modules do.
             inline: Run here, on the current stream where there is one, unmixed with other
                 callers' texts and without the cache.
-            timeout_ms: When to stop waiting.
+            timeout_ms: When to stop waiting for the last of them; None: `deadline_ms`.
 
         Returns:
             float32 of shape (dim,) for a str, (n, dim) for a sequence. It is the caller's own.
@@ -250,8 +252,10 @@ class Embedder:
 
     def _request(self, *, normalize: bool | None, timeout_ms: float | None) -> _Request:
         model = self._model
+        allowed_ms = self._deadline_ms if timeout_ms is None else timeout_ms
+        deadline = None if allowed_ms is None else time.monotonic() + allowed_ms / 1000
         wanted = model.engine.normalizes if normalize is None else bool(normalize)
-        return _Request(model, self._serving, wanted, timeout_ms)
+        return _Request(model, self._serving, wanted, deadline)
 
     def _array(self, rows: Sequence[Any], *, single: bool) -> Any:
         if single:
@@ -265,7 +269,12 @@ class _Request(NamedTuple):
     model: TextModel
     serving: Serving
     normalize: bool
-    timeout_ms: float | None
+    deadline: float | None
+
+    @property
+    def timeout_ms(self) -> float | None:
+        """What is left of the time that was given for all texts."""
+        return None if self.deadline is None else 1000 * (self.deadline - time.monotonic())
 
     def key(self, text: str) -> tuple[Any, ...]:
         """Return the model, its numeric class, and the text."""

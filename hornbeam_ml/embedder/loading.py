@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -110,10 +111,12 @@ class Source:
 
     Args:
         directory: Where it lies.
+        label: What messages call it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, label: str) -> None:
         self.directory = directory
+        self.label = label
         self.exported = Workshop(directory) if Workshop(directory).settings() else None
         settings = self.exported.settings() if self.exported else None
         self.fingerprint = settings.fingerprint if settings else fingerprint_of(directory)
@@ -128,6 +131,7 @@ class Source:
             return self._whole(wish, "")
         candidates = self._candidates(wish)
         if self.exported is None and [name for name, _ in candidates] == ["torch"]:
+            logger.info("%s runs on torch %s", self.label, candidates[0][1])
             return self._torch(wish, candidates[0][1])
         return self._chosen(wish, candidates)
 
@@ -182,7 +186,7 @@ class Source:
         except (OSError, ModelError, subprocess.SubprocessError) as error:
             if self.exported or ("torch", "fp32") not in candidates:
                 raise ModelError(f"cannot prepare {self.directory}: {error}") from error
-            logger.warning("%s runs on torch fp32, since: %s", self.directory.name, error)
+            logger.warning("%s runs on torch fp32, since: %s", self.label, error)
             return self._torch(wish, "fp32")
         if report.unsupported:
             return self._whole(wish, report.unsupported)
@@ -199,7 +203,7 @@ class Source:
             raise ModelError(f"no engine runs {self.directory}: {report}")
         logger.info(
             "%s runs on %s %s, the fastest of: %s",
-            *(self.directory.name, best.backend, best.precision, report),
+            *(self.label, best.backend, best.precision, report),
         )
         return best
 
@@ -220,6 +224,11 @@ class Source:
     def _measured(
         self, kept: Workshop, wish: Wish, candidates: list[tuple[str, Precision]]
     ) -> Report:
+        logger.info(
+            "%s is converted and measured, once for this machine; takes about half a minute; "
+            "kept in %s",
+            *(self.label, kept.directory),
+        )
         report = self._prepared(self.exported or kept, wish, candidates)
         if report.unsupported or report.best():
             kept.write(_choice_name(wish, candidates), msgspec.json.encode(report))
@@ -287,9 +296,7 @@ class Source:
         return WholeEngine(Checkpoint(self.directory, wish.device))
 
     def _say_whole(self, problem: str) -> None:
-        logger.warning(
-            "%s runs on SentenceTransformer.encode, since %s", self.directory.name, problem
-        )
+        logger.warning("%s runs on SentenceTransformer.encode, since %s", self.label, problem)
 
 
 def _export_target(path: Path, source: Path) -> Workshop:
@@ -339,8 +346,8 @@ def _run_preparation(request: Request) -> Report:
         ModelError: it crashed.
         subprocess.TimeoutExpired: it took too long.
     """
-    ran = subprocess.run(
-        [sys.executable, "-m", "hornbeam_ml.embedder.prepare"],
+    ran = subprocess.run(  # noqa: S603 - this package's own program
+        [sys.executable, "-m", "hornbeam_ml.embedder.prepare", str(os.getpid())],
         input=msgspec.json.encode(request),
         capture_output=True,
         timeout=_LONGEST_PREPARATION_S,

@@ -74,7 +74,7 @@ class TextModel:
             ModelError: it is not there.
         """
         if self._source is None:  # two threads may both make it: they make the same
-            self._source = Source(directory_of(self.name))
+            self._source = Source(directory_of(self.name), self.name)
         return self._source
 
     def load(self) -> Callable[[Sequence[Item]], list[Any]]:

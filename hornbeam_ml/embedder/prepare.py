@@ -1,17 +1,20 @@
 """Converts a model and measures its engines, in a process of its own.
 
-``python -m hornbeam_ml.embedder.prepare`` reads a `Request` from its standard input and prints a
-`Report`. Converters print, patch libraries, hold hundreds of megabytes and now and then crash;
-a worker that starts this program instead of calling them has none of it.
+``python -m hornbeam_ml.embedder.prepare PID`` reads a `Request` from its standard input and prints
+a `Report`; it ends with its parent, whose number is PID. Converters print, patch libraries, hold
+hundreds of megabytes and now and then crash; a worker that starts this program instead of calling
+them has none of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hornbeam_ml.embedder.engines.base import Engine
+
+
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 def write_description(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> None:
@@ -101,11 +107,19 @@ def _measurements(
 
 def main() -> None:
     """Serve one request."""
+    _end_with(int(sys.argv[1]))
     answer = os.dup(1)
     os.dup2(2, 1)  # libraries print; only the report is the answer
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with os.fdopen(answer, "wb") as file:
         file.write(msgspec.json.encode(prepare(request)))
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent: nobody wants the rest."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the process that asked has ended")
 
 
 if __name__ == "__main__":

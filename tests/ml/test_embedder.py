@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embedding_models import DIM, REAL, make_model, some_texts
+from serving_helpers import until
 
 from hornbeam_ml import Embedder, ModelError, cache_scope, predict, with_stream
 from hornbeam_ml.embedder import loading, workshop
@@ -293,6 +295,30 @@ async def test_each_text_is_computed_once(tiny):
         assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
 
 
+async def test_a_long_list_waits_for_room_in_the_queue(tiny):
+    """With the cache too, where each text is a call of its own; nothing is refused."""
+    texts = some_texts(150, seed=5)
+    with Embedder(tiny[1], backend="torch", precision="exact", queue_limit=40) as embedder:
+        vectors = await embedder.aencode(texts)
+        with cache_scope() as scope:
+            again = await asyncio.to_thread(embedder.encode, texts)
+        stats = embedder.stats()
+    assert np.allclose(vectors, tiny[0].encode(texts), atol=1e-6)
+    assert np.array_equal(vectors, again)
+    assert (scope.hits, stats.refused) == (150, 0)
+
+
+async def test_a_deadline_is_for_all_texts_of_a_call(tiny):
+    """The last ones begin late."""
+    texts = some_texts(200, seed=6)
+    with Embedder(tiny[1], backend="sentence-transformers", queue_limit=40) as embedder:
+        embedder.start()
+        with pytest.raises(DeadlineExceeded):
+            await embedder.aencode(texts, timeout_ms=20)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.to_thread(embedder.encode, texts, timeout_ms=20)
+
+
 def test_models_and_precisions_do_not_share_entries(tiny, tmp_path):
     """Nor do normalised vectors and others."""
     make_model(tmp_path, seed=5)
@@ -443,6 +469,27 @@ def test_others_wait_for_the_one_that_converts(tiny, tmp_path):
     assert shapes == [f"({DIM},)"] * 4
     (directory,) = (tmp_path / "embedders").iterdir()
     assert len(list(directory.glob("choice-*.json"))) == 1
+
+
+def test_a_preparation_ends_with_its_process(tiny, tmp_path):
+    """A server that is stopped while it converts leaves nothing behind that computes."""
+    program = (
+        "from hornbeam_ml import Embedder;"
+        f"Embedder({str(tiny[1])!r}, backend='openvino').encode('a')"
+    )
+    environ = {**os.environ, "HORNBEAM_CACHE": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", program], env=environ) as process:
+        children = Path(f"/proc/{process.pid}/task").glob
+
+        def preparing():
+            pids = "".join(path.read_text() for path in children("*/children")).split()
+            return [pid for pid in pids if "prepare" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+        until(preparing, "it prepares")
+        (child,) = preparing()
+        time.sleep(0.5)  # it has begun to import
+        process.kill()
+    until(lambda: not Path(f"/proc/{child}").exists(), "it ends too")
 
 
 def test_an_export_runs_without_torch(tiny, exported):
