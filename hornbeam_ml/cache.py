@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from hornbeam_ml.errors import ClientDisconnected
 from hornbeam_ml.flights import ABANDONED, UNSHARED, Flight, Flights
 from hornbeam_ml.keys import call_key, prefix_of_keys
 from hornbeam_ml.metrics import Metrics
@@ -27,6 +28,7 @@ from hornbeam_state.default import default_store
 from hornbeam_state.errors import (
     MISSING,
     CodecError,
+    DeadlineExceeded,
     LockLost,
     LockTimeout,
     StoreError,
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 _METRIC: Final = "cache/"
 _LONGEST_WAIT: Final = 600.0
 """Seconds after which a caller computes what another process has been computing for so long."""
+
+_LEADERS_OWN: Final = (DeadlineExceeded, ClientDisconnected)
+"""Errors that are about the caller who computed, not about those who wait for it."""
 
 T = TypeVar("T")
 
@@ -140,7 +145,7 @@ class Cache:
                     self.count(call.prefix, "misses")
                 return result
         except Exception as error:
-            outcome = error
+            outcome = ABANDONED if isinstance(error, _LEADERS_OWN) else error
             self.count(call.prefix, "errors")
             raise
         finally:
@@ -165,7 +170,7 @@ class Cache:
                     self.count(call.prefix, "misses")
                 return result
         except Exception as error:
-            outcome = error
+            outcome = ABANDONED if isinstance(error, _LEADERS_OWN) else error
             self.count(call.prefix, "errors")
             raise
         finally:
@@ -356,7 +361,8 @@ def cached_inference(
 
     Raises:
         CodecError: the input cannot be made into a key.
-        Exception: whatever `fn` raises; waiters in the same process get the same exception.
+        Exception: whatever `fn` raises; waiters in the same process get the same exception,
+            but for `DeadlineExceeded` and `ClientDisconnected`, after which they try in turn.
 
     Example:
         >>> cached_inference(model.encode, "the cat sat on the mat")  # doctest: +SKIP

@@ -151,12 +151,13 @@ class Serving:
             item: What the model takes.
             key: One of `batch_keys`, when there are any.
             timeout_ms: When to stop waiting. An item whose batch has not started by then is
-                never run.
+                never run. In a worker the deadline of the HTTP request counts if it is earlier.
 
         Raises:
             ValueError: the item is not like those the model takes, or there is no such key.
             Overloaded: the queue is full.
             DeadlineExceeded: the deadline passed.
+            ClientDisconnected: the client of the HTTP request left.
             ModelError: the model failed to load, or broke its contract.
             ServingClosed: it was closed.
             Exception: what the model raised about this item, or about the whole batch when no
@@ -327,7 +328,11 @@ class Serving:
 
     @property
     def ready(self) -> bool:
-        """Whether it is loaded, warm, and all of its streams take batches."""
+        """Whether it is loaded, warm, all of its streams take batches, and none of these hangs.
+
+        A batch hangs when it has run for longer than `deadline_ms`, or 60 s without one; of a
+        generator, when a step has. The serving is ready again when the batch ends.
+        """
         runner = self._runner
         return runner is not None and runner.ready
 
