@@ -347,4 +347,4 @@ def test_when_too_many_texts_wait_clients_are_told_to_come_back(own_store, monke
     response = send(module.app, "POST", "/embed", json={"texts": ["the cat"]})
     assert response.status_code == 503, response.text
     assert response.headers["retry-after"] == "1"
-    assert "try again" in response.json()["detail"]
+    assert "Try again" in response.json()["detail"]

@@ -214,7 +214,7 @@ async def test_a_full_queue_is_answered_with_503(monkeypatch, drawings):
         await until(lambda: example.classifier.stats().queued == 1)
         refused = await client.post("/classify", content=png)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert "try again" in refused.json()["detail"]
+        assert "Try again" in refused.json()["detail"]
         go.set()
         for answered in (await running, await waiting):
             assert answered.json()["label"] == "circle"

