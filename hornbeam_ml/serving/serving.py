@@ -66,9 +66,9 @@ class Serving:
         instances: How many times to load.
         device: ``"auto"``, ``"cpu"``, ``"cuda:1"``, or a list with one for each instance.
         compile: ``"torch"`` compiles the function for each bucket while it loads.
-        warmup: An example item, as `preprocess` returns it. It is run through all buckets and keys before the serving is
-            ready, and with ``"stack"`` items have to match it in shape and dtype. Without it they
-            have to match the first item whose batch succeeded.
+        warmup: An example item, as `preprocess` returns it. It is run through all buckets and
+            keys before the serving is ready, and with ``"stack"`` items have to match it in shape
+            and dtype. Without it they have to match the first item whose batch succeeded.
         queue_limit: The most items that wait.
         deadline_ms: The `timeout_ms` of calls that give none; None: they wait as long as it takes.
         length: For ``"list"``: returns how many tokens a preprocessed item has, at least 1; called
