@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +214,38 @@ def test_another_precision_than_asked_for_is_an_error(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(loading, "cpu_flags", lambda: ["avx512_bf16"])
     with Embedder(tiny, precision=precision) as embedder, pytest.raises(ModelError):
         embedder.start()
+
+
+# Forks.
+
+AFTER_A_FORK = """
+import asyncio, faulthandler, os, sys
+from hornbeam_ml import Embedder
+with Embedder(sys.argv[1], backend="openvino", precision="fp32", cache=False) as embedder:
+    wanted = embedder.encode("some text")
+    children = []
+    for way in (embedder.encode, lambda text: asyncio.run(embedder.aencode(text))):
+        child = os.fork()
+        if not child:
+            faulthandler.dump_traceback_later(30, exit=True)
+            assert abs(way("some text") - wanted).max() < 1e-6
+            os._exit(0)  # the library's own end would abort here
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert (embedder.encode("some text") == wanted).all()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_loads_its_own(tiny):
+    """As under --preload, with an app that encoded a text; OpenVINO's threads stay behind."""
+    on_openvino(tiny).start()
+    ran = subprocess.run(
+        [sys.executable, "-c", AFTER_A_FORK, str(tiny)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
