@@ -27,6 +27,7 @@ from hornbeam_state.default import default_store
 from hornbeam_state.errors import (
     MISSING,
     CodecError,
+    DeadlineExceeded,
     LockLost,
     LockTimeout,
     StoreError,
@@ -140,7 +141,7 @@ class Cache:
                     self.count(call.prefix, "misses")
                 return result
         except Exception as error:
-            outcome = error
+            outcome = _shared_failure(error)
             self.count(call.prefix, "errors")
             raise
         finally:
@@ -165,7 +166,7 @@ class Cache:
                     self.count(call.prefix, "misses")
                 return result
         except Exception as error:
-            outcome = error
+            outcome = _shared_failure(error)
             self.count(call.prefix, "errors")
             raise
         finally:
@@ -356,7 +357,8 @@ def cached_inference(
 
     Raises:
         CodecError: the input cannot be made into a key.
-        Exception: whatever `fn` raises; waiters in the same process get the same exception.
+        Exception: whatever `fn` raises; waiters in the same process get the same exception,
+            except for `DeadlineExceeded`, after which one of them computes.
 
     Example:
         >>> cached_inference(model.encode, "the cat sat on the mat")  # doctest: +SKIP
@@ -479,6 +481,11 @@ def _metrics_directory(store: Store) -> Any:
         return store.backend.directory / "metrics"
     except StoreUnavailable:
         return None
+
+
+def _shared_failure(error: Exception) -> Any:
+    """Return what the waiters make of the leader's failure; the leader's deadline is not theirs."""
+    return ABANDONED if isinstance(error, DeadlineExceeded) else error
 
 
 def _opened(data: bytes | None, *, raw: bool) -> Any:

@@ -111,17 +111,31 @@ class TextModel:
 
         Raises:
             TypeError: it is no text.
+            ValueError: it is not valid Unicode.
         """
         if isinstance(text, Item):
             return text
         if not isinstance(text, str):
             raise TypeError(f"an embedder takes a str, not {type(text).__qualname__}")
+        check_text(text)
         engine = self.engine
         return Item(engine.prepare(text), engine.normalizes)
 
     def length(self, item: Item) -> int:
         """Return the tokens of an item."""
         return self.engine.length(item.prepared)
+
+
+def check_text(text: str) -> None:
+    """Raise if a text is not valid Unicode: clients can send that in JSON.
+
+    Raises:
+        ValueError: it has lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has a lone surrogate at {error.start}") from None
 
 
 def _normalized(vector: Any) -> Any:
