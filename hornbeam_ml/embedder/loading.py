@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import msgspec
 
+from hornbeam_ml.embedder.engines import openvino
 from hornbeam_ml.embedder.engines.opening import check_installed, is_installed, open_engine
 from hornbeam_ml.embedder.fingerprint import fingerprint_of
 from hornbeam_ml.embedder.measurements import Report, Request
@@ -193,6 +194,8 @@ class Source:
         best = self._best(report)
         if best.backend == "torch":
             return self._torch(wish, best.precision)  # type: ignore[arg-type]
+        if best.backend == "openvino":
+            openvino.check_process()
         if self.exported:
             return _open(self.exported, best)
         return self._kept(kept, wish, candidates, best)

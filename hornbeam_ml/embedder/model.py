@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +44,7 @@ class TextModel:
         self._engine: Engine | None = None
         self._source: Source | None = None
         self._start: Callable[[], Callable[[], None] | None] = lambda: None
+        _models.add(self)
 
     def started_by(self, start: Callable[[], None]) -> None:
         """Say which method has it loaded."""
@@ -77,6 +80,13 @@ class TextModel:
             self._source = Source(directory_of(self.name), self.name)
         return self._source
 
+    def forget_after_fork(self) -> None:
+        """In a forked child: load anew when used, and read anew what the model is."""
+        if self._engine is not None:
+            # Never freed: native libraries would wait for threads that only the parent has.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+        self._engine = self._source = None
+
     def load(self) -> Callable[[Sequence[Item]], list[Any]]:
         """Open the engine and warm it up, for all threads and for a stream's part of them."""
         engine = self.source.open(self.wish)
@@ -101,11 +111,13 @@ class TextModel:
 
         Raises:
             TypeError: it is no text.
+            ValueError: it is not valid Unicode.
         """
         if isinstance(text, Item):
             return text
         if not isinstance(text, str):
             raise TypeError(f"an embedder takes a str, not {type(text).__qualname__}")
+        check_text(text)
         engine = self.engine
         return Item(engine.prepare(text), engine.normalizes)
 
@@ -114,6 +126,29 @@ class TextModel:
         return self.engine.length(item.prepared)
 
 
+def check_text(text: str) -> None:
+    """Raise if a text is not valid Unicode: clients can send that in JSON.
+
+    Raises:
+        ValueError: it has lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has a lone surrogate at {error.start}") from None
+
+
 def _normalized(vector: Any) -> Any:
     """Return a vector scaled to length 1, or left alone when it has none, as torch does it."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+_models: weakref.WeakSet[TextModel] = weakref.WeakSet()  # to be told of a fork
+
+
+def _forget_after_fork() -> None:
+    for model in list(_models):
+        model.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

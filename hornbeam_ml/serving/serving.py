@@ -270,6 +270,8 @@ class Serving:
         """
         key = self._admission.terms(key).key
         prepared = self._processing.prepare(items)
+        if self._closed is not None:
+            raise ServingClosed(str(self._closed))
         runner = self._running()
         self.start()
         results: list[Any] = [None] * len(prepared)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shutil
+import subprocess
+import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_models import make_model
+from embedding_models import DIM, make_model
 
-from hornbeam_ml import Embedder, ModelError
+from hornbeam_ml import Embedder, ModelError, ServingClosed, predict
 from hornbeam_ml.embedder import conversion, loading
+from hornbeam_ml.embedder.directories import directory_of
 from hornbeam_ml.embedder.measurements import Measurement, Report
 from hornbeam_ml.embedder.prepare import prepare
 from hornbeam_ml.embedder.workshop import SETTINGS, workshop_for
+from hornbeam_state.errors import ConfigError, DeadlineExceeded
 
 
 @pytest.fixture(autouse=True)
@@ -210,3 +219,167 @@ def test_another_precision_than_asked_for_is_an_error(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(loading, "cpu_flags", lambda: ["avx512_bf16"])
     with Embedder(tiny, precision=precision) as embedder, pytest.raises(ModelError):
         embedder.start()
+
+
+# Forks.
+
+AFTER_A_FORK = """
+import asyncio, faulthandler, os, sys
+from hornbeam_ml import Embedder, ModelError
+with Embedder(sys.argv[1], backend=sys.argv[2], precision="fp32", cache=False) as embedder:
+    wanted = embedder.encode("some text")
+    for way in (embedder.encode, lambda text: asyncio.run(embedder.aencode(text))):
+        child = os.fork()
+        if not child:
+            faulthandler.dump_traceback_later(30, exit=True)
+            try:
+                assert abs(way("some text") - wanted).max() < 1e-6
+            except ModelError as error:
+                os._exit(7 if "before this process was forked" in str(error) else 1)
+            os._exit(0)  # OpenVINO's own end would abort here
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert (embedder.encode("some text") == wanted).all()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize(("backend", "code"), [("onnx", 0), ("openvino", 7)])
+def test_a_forked_child_loads_its_own(tiny, backend, code):
+    """As under --preload with an app that encoded a text. OpenVINO cannot, and says so."""
+    with Embedder(tiny, backend=backend, precision="fp32", cache=False) as embedder:
+        embedder.start()
+    ran = subprocess.run(
+        [sys.executable, "-c", AFTER_A_FORK, str(tiny), backend],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.split() == [str(code)] * 2, ran.stderr[-2000:]
+
+
+# Calls.
+
+
+@pytest.fixture
+def held(tiny, monkeypatch):
+    """An embedder whose batches say that they started, and wait until they may go on."""
+    started, go_on = threading.Event(), threading.Event()
+    with Embedder(tiny, backend="torch", precision="exact") as embedder:
+        embedder.start()
+        run = embedder._model.engine.run
+
+        def slow(batch):
+            started.set()
+            assert go_on.wait(10)
+            return run(batch)
+
+        monkeypatch.setattr(embedder._model.engine, "run", slow)
+        yield embedder, started, go_on
+        go_on.set()
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfff"])
+@pytest.mark.parametrize("cache", [True, False])
+async def test_text_that_is_no_unicode_is_refused(tiny, text, cache):
+    """JSON can hold it; the same error everywhere, to its caller alone."""
+    with Embedder(tiny, backend="torch", precision="exact", cache=cache, name="texts") as embedder:
+        for call in (embedder.encode, lambda wrong: predict("texts", wrong)):
+            with pytest.raises(ValueError, match="surrogate"):
+                call(text)
+        with pytest.raises(ValueError, match="surrogate"):
+            await embedder.aencode(["fine", text])
+        with pytest.raises(TypeError, match="bytes"):
+            embedder.encode(b"bytes")
+        assert embedder.encode(["fine", "a\0b", np.str_("numpy")]).shape == (3, DIM)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_a_list_longer_than_the_queue_feeds_itself_in(tiny, cache):
+    """One call is not refused because of its own texts."""
+    texts = [f"text {number}" for number in range(40)]
+    with Embedder(tiny, backend="torch", cache=cache, precision="exact", queue_limit=2) as embedder:
+        assert embedder.encode(texts).shape == (40, DIM)
+        assert (await embedder.aencode([f"{text}!" for text in texts])).shape == (40, DIM)
+
+
+def test_no_tokens_at_all_make_no_sense(tiny):
+    with pytest.raises(ConfigError):
+        Embedder(tiny, max_batch_tokens=0)
+
+
+async def test_a_closed_embedder_computes_nothing(tiny):
+    """Not even inline."""
+    embedder = Embedder(tiny, backend="torch", precision="exact", cache=False)
+    embedder.start()
+    embedder.close()
+    for inline in (False, True):
+        with pytest.raises(ServingClosed):
+            embedder.encode("late", inline=inline)
+        with pytest.raises(ServingClosed):
+            await embedder.aencode("late", inline=inline)
+
+
+async def test_a_deadline_counts_while_the_model_is_loaded(tiny, monkeypatch):
+    """The caller is told in time; loading goes on for the next."""
+    go_on, open_source = threading.Event(), loading.Source.open
+
+    def slow(source, wish):
+        assert go_on.wait(30)
+        return open_source(source, wish)
+
+    monkeypatch.setattr(loading.Source, "open", slow)
+    with Embedder(tiny, backend="torch", precision="exact", cache=False) as embedder:
+        with pytest.raises(DeadlineExceeded):
+            embedder.encode("a", timeout_ms=20)
+        with pytest.raises(DeadlineExceeded):
+            await embedder.aencode("a", timeout_ms=20)
+        go_on.set()
+        assert embedder.encode("a").shape == (DIM,)
+
+
+async def test_the_deadline_of_one_caller_is_not_that_of_others(held):
+    """Of several callers with the same text, each waits for as long as it said."""
+    embedder, started, go_on = held
+    with ThreadPoolExecutor(2) as pool:
+        hasty = pool.submit(embedder.encode, "same text", timeout_ms=300)
+        assert await asyncio.to_thread(started.wait, 10)
+        patient = pool.submit(embedder.encode, "same text")
+        task = asyncio.create_task(embedder.aencode("same text"))
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wrap_future(hasty)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.to_thread(embedder.encode, "same text", timeout_ms=50)
+        with pytest.raises(DeadlineExceeded):
+            await embedder.aencode(["same text", "another"], timeout_ms=50)
+        go_on.set()
+        ones = await asyncio.gather(asyncio.wrap_future(patient), task)  # either may compute
+        assert np.array_equal(*ones)
+
+
+async def test_others_survive_the_cancellation_of_the_first(held):
+    """Who computes for several callers may leave; what only it wanted never runs."""
+    embedder, started, go_on = held
+    first = asyncio.create_task(embedder.aencode(["shared", "mine alone"]))
+    assert await asyncio.to_thread(started.wait, 10)
+    second = asyncio.create_task(embedder.aencode("shared"))
+    await asyncio.sleep(0.05)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    go_on.set()
+    assert (await second).shape == (DIM,)
+    assert embedder.stats().queued == 0
+
+
+def test_a_model_of_the_library_needs_no_owner(monkeypatch):
+    """As with SentenceTransformer; and an empty name is no name for the working directory."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: asked.append(name) or ".")
+    directory_of("all-MiniLM-L6-v2")
+    directory_of("BAAI/bge-small-en")
+    assert asked == ["sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en"]
+    with pytest.raises(ModelError):
+        directory_of("")
