@@ -12,7 +12,7 @@ from hornbeam_ml.web import asgi_errors, wsgi_errors
 from hornbeam_ml.web.problems import bad_request
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
 _ASGI_NAME: Final = TIMEOUT_HEADER.lower().encode()
 _WSGI_NAME: Final = "HTTP_" + TIMEOUT_HEADER.upper().replace("-", "_")
@@ -43,58 +43,55 @@ class AsgiEntry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        timeout = None
+        for name, value in scope["headers"]:
+            if name == _ASGI_NAME:
+                timeout = value if timeout is None else b"%b,%b" % (timeout, value)
         try:
-            request = Request(_deadline_in(scope["headers"]))
+            request = _Exchange(inf if timeout is None else _deadline(timeout))
         except ValueError as error:
             await asgi_errors.send_problem(bad_request(str(error)), send)
             return
+        request.upstream, request.started = send, False
         self._request, self.receive = request, receive
         set_current_request(request)  # of this task alone
-        outgoing = _Outgoing(send, request)
         try:
-            await self._app(scope, receive, outgoing)
+            await self._app(scope, receive, request.send)
         except Exception as error:
             if request.client_left and _is_about_leaving(error):
                 return
-            if not await asgi_errors.answer(error, outgoing):
+            if not await asgi_errors.answer(error, request):
                 raise
         finally:
             request.end()
 
 
-class _Outgoing(asgi_errors.Outgoing):
-    """Notes as well when the response is complete, which is when the request is over.
+class _Exchange(Request):
+    """A request whose response is watched: with the last message it is over.
 
-    Also when its client has left: the background tasks after it are for nobody in particular.
+    Also when its client has left: the background tasks that follow are for nobody in particular.
+
+    Attributes:
+        upstream: The server's `send`.
+        started: Whether the response has started.
     """
 
-    __slots__ = ("_request",)
+    __slots__ = ("started", "upstream")
+    started: bool
+    upstream: Callable[[Any], Awaitable[None]]
 
-    def __init__(self, send: Any, request: Request) -> None:
-        super().__init__(send)
-        self._request = request
-
-    def __call__(self, message: Any) -> Awaitable[None]:
+    # Neither a coroutine function nor `__call__`: this runs for every message of every request.
+    def send(self, message: Any) -> Awaitable[None]:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.started = True
         elif not message.get("more_body"):
-            self._request.end()
-        sent: Awaitable[None] = self._send(message)
-        return sent
+            self.end()
+        return self.upstream(message)
 
 
-def _deadline_in(headers: Iterable[tuple[bytes, bytes]]) -> float:
-    """Return the deadline in the headers of a request that was read just now.
-
-    Raises:
-        ValueError: there is one, but it makes no sense.
-    """
-    value = None
-    for name, content in headers:
-        if name == _ASGI_NAME:
-            value = content if value is None else b"%b,%b" % (value, content)
-    return inf if value is None else deadline_from(value.decode("latin-1"), time.monotonic())
+def _deadline(header: bytes) -> float:
+    return deadline_from(header.decode("latin-1"), time.monotonic())
 
 
 def _is_about_leaving(error: BaseException) -> bool:
@@ -105,7 +102,7 @@ def _is_about_leaving(error: BaseException) -> bool:
             return all(map(_is_about_leaving, cause.exceptions))
         if cause is None or isinstance(cause, ClientDisconnected):
             break
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__  # an error in the handling of one is another matter
     return isinstance(cause, ClientDisconnected)
 
 

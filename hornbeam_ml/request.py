@@ -101,9 +101,8 @@ def current_request() -> Request | None:
     return _current.get()
 
 
-def set_current_request(request: Request | None) -> None:
-    """Say which request the calling thread or task works for from now on."""
-    _current.set(request)
+set_current_request: Final = _current.set
+"""Says which request the calling thread or task works for from now on."""
 
 
 def deadline_from(header: str, now: float) -> float:

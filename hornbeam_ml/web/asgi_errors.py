@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hornbeam_ml.web.problems import note, problem_of
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Outgoing:
-    """A `send` that notes whether the response has started.
+    """What an app sends: its `send` notes whether the response has started.
 
     Attributes:
         started: Whether it has: then it is too late for another.
@@ -25,7 +25,8 @@ class Outgoing:
         self._send = send
         self.started = False
 
-    def __call__(self, message: Any) -> Awaitable[None]:
+    # Neither a coroutine function nor `__call__`: this runs for every message of every request.
+    def send(self, message: Any) -> Awaitable[None]:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.started = True
@@ -46,19 +47,29 @@ class AsgiErrors:
             return
         outgoing = Outgoing(send)
         try:
-            await self.app(scope, receive, outgoing)
+            await self.app(scope, receive, outgoing.send)
         except Exception as error:
             if not await answer(error, outgoing):
                 raise
 
 
-async def answer(error: Exception, outgoing: Outgoing) -> bool:
+class Response(Protocol):
+    """What is known of a response."""
+
+    started: bool
+
+    def send(self, message: Any) -> Awaitable[None]:
+        """Pass a message on."""
+        ...
+
+
+async def answer(error: Exception, response: Response) -> bool:
     """Send the response that an error means; return False when there is none, or too late."""
     problem = problem_of(error)
-    if problem is None or outgoing.started:
+    if problem is None or response.started:
         return False
     note(error)
-    await send_problem(problem, outgoing)
+    await send_problem(problem, response.send)
     return True
 
 

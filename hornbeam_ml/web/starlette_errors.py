@@ -55,7 +55,7 @@ class StarletteErrors:
             return
         outgoing = Outgoing(send)
         try:
-            await self.app(scope, receive, outgoing)
+            await self.app(scope, receive, outgoing.send)
         except Exception as error:
             # A handler for `Exception` is the outermost thing in an app.
             if outgoing.started or Exception in self.owner.exception_handlers:
@@ -63,7 +63,7 @@ class StarletteErrors:
             if not await self._answer(error, scope, receive, outgoing):
                 raise
 
-    async def _answer(self, error: Exception, scope: Any, receive: Any, send: Outgoing) -> bool:
+    async def _answer(self, error: Exception, scope: Any, receive: Any, outgoing: Outgoing) -> bool:
         """Answer as the app does for the status, if it has a way to, else in our own."""
         problem = problem_of(error)
         handlers = self.owner.exception_handlers
@@ -73,9 +73,9 @@ class StarletteErrors:
         kinds = (problem.status, *exception.__mro__[: -len(Exception.__mro__)])
         handler = next((handlers[kind] for kind in kinds if kind in handlers), None)
         if handler is None or _is_default(handler):
-            return await answer(error, send)
+            return await answer(error, outgoing)
         raised = exception(problem.status, problem.detail, problem.retry_headers)
-        await _respond(handler, raised, scope, receive, send)
+        await _respond(handler, raised, scope, receive, outgoing.send)
         return True
 
 

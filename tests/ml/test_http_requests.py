@@ -414,13 +414,20 @@ def test_errors_about_a_client_that_left_end_quietly(form):
     asyncio.run(entry(scope(), None, send))
 
 
-def test_another_error_is_raised_although_the_client_left():
+@pytest.mark.parametrize("form", ["group", "while handling"])
+def test_another_error_is_raised_although_the_client_left(form):
     async def app(scope, receive, send):
         entry.leave()
-        raise ExceptionGroup("of a task group", [ClientDisconnected("left"), KeyError("a bug")])
+        left, bug = ClientDisconnected("left"), KeyError("a bug")
+        if form == "group":
+            raise ExceptionGroup("of a task group", [left, bug])
+        try:
+            raise left
+        finally:
+            raise bug
 
     entry = AsgiEntry(app)
-    with pytest.raises(ExceptionGroup):
+    with pytest.raises((ExceptionGroup, KeyError)):
         asyncio.run(entry(scope(), None, None))
 
 
