@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from hornbeam_ml.embedder.engines.base import Engine
     from hornbeam_ml.embedder.loading import Wish
+
+
+_MOST_TRIES: Final = 3
 
 
 class Item(NamedTuple):
@@ -87,16 +91,32 @@ class TextModel:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
         self._engine = self._source = None
 
-    def load(self) -> Callable[[Sequence[Item]], list[Any]]:
-        """Open the engine and warm it up, for all threads and for a stream's part of them."""
-        engine = self.source.open(self.wish)
+    def load(self, device: str) -> Callable[[Sequence[Item]], list[Any]]:
+        """Open the engine and warm it up, for all threads and for a stream's part of them.
+
+        Args:
+            device: Where it is to run, which may be known only after a fork.
+
+        Raises:
+            ModelError: it cannot be loaded, or its files change all the time.
+        """
+        source, engine = self._open(replace(self.wish, device=device))
         texts = [engine.prepare(text) for text in probe_texts()[::8]]
         for parts in (1, self.wish.streams):
-            if self.wish.device == "cpu":
+            if device == "cpu":
                 threads.limit_this_thread(threads.process_share(parts))
             self.dim = engine.run(texts).shape[1]
-        self._engine = engine
+        self._source, self._engine = source, engine
         return self.run
+
+    def _open(self, wish: Wish) -> tuple[Source, Engine]:
+        """Return the engine, and what it was made of: cached vectors are known by that."""
+        for _ in range(_MOST_TRIES):
+            source = Source(directory_of(self.name))
+            engine = source.open(wish)
+            if source.is_unchanged():
+                return source, engine
+        raise ModelError(f"the files of {self.name} changed while they were loaded")
 
     def run(self, batch: Sequence[Item]) -> list[Any]:
         """Return the vectors of a batch."""

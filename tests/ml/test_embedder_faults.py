@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -18,10 +19,12 @@ from embedding_models import DIM, make_model
 
 from hornbeam_ml import Embedder, ModelError, ServingClosed, predict
 from hornbeam_ml.embedder import conversion, loading
+from hornbeam_ml.embedder.checkpoint import Checkpoint
 from hornbeam_ml.embedder.directories import directory_of
-from hornbeam_ml.embedder.measurements import Measurement, Report
+from hornbeam_ml.embedder.measurements import Measurement, Report, Request
 from hornbeam_ml.embedder.prepare import prepare
-from hornbeam_ml.embedder.workshop import SETTINGS, workshop_for
+from hornbeam_ml.embedder.settings import Unsupported
+from hornbeam_ml.embedder.workshop import SETTINGS, Workshop, workshop_for
 from hornbeam_state.errors import ConfigError, DeadlineExceeded
 
 
@@ -219,6 +222,71 @@ def test_another_precision_than_asked_for_is_an_error(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(loading, "cpu_flags", lambda: ["avx512_bf16"])
     with Embedder(tiny, precision=precision) as embedder, pytest.raises(ModelError):
         embedder.start()
+
+
+# Models that are replaced where they lie.
+
+
+def retrained(model):
+    """Change the weights a little."""
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.with_suffix(".new").write_bytes(data)
+    weights.with_suffix(".new").replace(weights)
+
+
+def test_a_model_that_changes_while_it_is_loaded_is_loaded_again(tiny, tmp_path, monkeypatch):
+    """What is cached for a fingerprint is of its weights, also when it was asked for before."""
+    model, open_source, opened = tmp_path / "model", loading.Source.open, []
+    shutil.copytree(tiny, model)
+
+    def change_once(source, wish):
+        opened.append(source.fingerprint)
+        engine = open_source(source, wish)
+        if len(opened) == 1:
+            retrained(model)
+        return engine
+
+    monkeypatch.setattr(loading.Source, "open", change_once)
+    with Embedder(model, backend="torch", precision="exact") as embedder:
+        first = embedder.fingerprint
+        retrained(model)
+        embedder.start()
+        assert len({first, *opened}) == 2
+        assert embedder.fingerprint == opened[-1] == Embedder(model).fingerprint
+
+
+def test_nothing_is_kept_of_a_model_that_changes_while_it_is_converted(tiny, tmp_path):
+    """It might be of the one, under the name of the other."""
+    model, files = tmp_path / "model", Workshop(tmp_path / "files")
+    shutil.copytree(tiny, model)
+    fingerprint = Embedder(model).fingerprint
+    retrained(model)
+    request = Request(
+        model=str(model),
+        fingerprint=fingerprint,
+        workshop=str(files.directory),
+        device="cpu",
+        engines=[("openvino", "fp32")],
+        streams=1,
+    )
+    files.directory.mkdir()
+    with pytest.raises(ModelError, match="changed"):
+        prepare(request)
+    assert files.settings() is None
+    assert not files.path("openvino/model.xml").exists()
+
+
+def test_a_model_that_keeps_the_end_of_long_texts_runs_as_it_is(tiny, tmp_path):
+    """Texts to probe with may be too short to show that it does."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    options = json.loads((model / "tokenizer_config.json").read_text())
+    options["truncation_side"] = "left"
+    (model / "tokenizer_config.json").write_text(json.dumps(options))
+    with pytest.raises(Unsupported, match="end"):
+        Checkpoint(model, "cpu").settings("some fingerprint")
 
 
 # Forks.
