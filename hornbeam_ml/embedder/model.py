@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import weakref
@@ -17,7 +18,7 @@ from hornbeam_ml.embedder.probe import probe_texts
 from hornbeam_ml.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from hornbeam_ml.embedder.engines.base import Engine
     from hornbeam_ml.embedder.loading import Wish
@@ -126,8 +127,10 @@ class TextModel:
             for vector, item in zip(vectors, batch, strict=True)
         ]
 
-    def item(self, text: Any) -> Item:
+    def item(self, text: Any) -> Item | Awaitable[Item]:
         """Return what `run` takes of a text, which may have been made before.
+
+        Before the model is loaded that is an awaitable, so that no event loop waits for it.
 
         Raises:
             TypeError: it is no text.
@@ -138,6 +141,9 @@ class TextModel:
         if not isinstance(text, str):
             raise TypeError(f"an embedder takes a str, not {type(text).__qualname__}")
         check_text(text)
+        return self._item(text) if self.loaded else asyncio.to_thread(self._item, text)
+
+    def _item(self, text: str) -> Item:
         engine = self.engine
         return Item(engine.prepare(text), engine.normalizes)
 

@@ -7,11 +7,13 @@ a worker that starts this program instead of calling them has none of it.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hornbeam_ml.embedder.engines.base import Engine
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def describe(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> None:
@@ -114,11 +118,21 @@ def _measurements(
 
 def main() -> None:
     """Serve one request."""
+    _end_with_parent()
     answer = os.dup(1)
     os.dup2(2, 1)  # libraries print; only the report is the answer
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with os.fdopen(answer, "wb") as file:
         file.write(msgspec.json.encode(prepare(request)))
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that waits for it dies.
+
+    The next to ask converts again; this one would take the cores from what that measures.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from embedding_models import DIM, make_model
 
-from hornbeam_ml import Embedder, ModelError, ServingClosed, predict
+from hornbeam_ml import Embedder, ModelError, ServingClosed, apredict, predict
 from hornbeam_ml.embedder import conversion, loading
 from hornbeam_ml.embedder.checkpoint import Checkpoint
 from hornbeam_ml.embedder.directories import directory_of
@@ -442,6 +444,26 @@ async def test_others_survive_the_cancellation_of_the_first(held):
     assert embedder.stats().queued == 0
 
 
+async def test_predict_does_not_stop_the_loop_while_the_model_is_loaded(tiny, monkeypatch):
+    """Nor does it with a deadline, or from a thread."""
+    go_on, open_source = threading.Event(), loading.Source.open
+
+    def slow(source, wish):
+        assert go_on.wait(10)
+        return open_source(source, wish)
+
+    monkeypatch.setattr(loading.Source, "open", slow)
+    with Embedder(tiny, backend="torch", precision="exact", name="texts", cache=False) as embedder:
+        task = asyncio.create_task(apredict("texts", "some text"))
+        with ThreadPoolExecutor(1) as pool:
+            thread = pool.submit(predict, "texts", "some text")
+            await asyncio.sleep(0.05)
+            assert not embedder.ready  # the loop runs
+            go_on.set()
+            ones = await asyncio.gather(task, asyncio.wrap_future(thread))
+        assert np.array_equal(*ones)
+
+
 def test_a_model_of_the_library_needs_no_owner(monkeypatch):
     """As with SentenceTransformer; and an empty name is no name for the working directory."""
     asked = []
@@ -451,3 +473,48 @@ def test_a_model_of_the_library_needs_no_owner(monkeypatch):
     assert asked == ["sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en"]
     with pytest.raises(ModelError):
         directory_of("")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's way to end children")
+def test_the_preparation_ends_with_the_process_that_asked_for_it(tiny):
+    """Killed, it cannot say so; another process that converts has the cores to itself."""
+    program = f"from hornbeam_ml import Embedder; Embedder({str(tiny)!r}).start()"
+    asking = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        preparing = wait_until(lambda: preparation_of(asking.pid))
+    finally:
+        asking.kill()
+        asking.wait(10)
+    wait_until(lambda: not is_running(preparing))
+
+
+def preparation_of(process):
+    """Return the id of the child that prepares, when it has begun to."""
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                # Once it has begun, what libraries print goes to its standard error.
+                outputs = {Path(f"/proc/{child}/fd/{number}").readlink() for number in (1, 2)}
+                if len(outputs) == 1:
+                    return int(child)
+    return None
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
