@@ -61,6 +61,8 @@ class Checkpoint:
             raise Unsupported("it has no tokenizer of the tokenizers library")
         if getattr(first, "auto_model", None) is None:
             raise Unsupported(f"its first module is a {type(first).__name__}")
+        if tokenizer.truncation_side != "right":
+            raise Unsupported("it keeps the end of a text that is too long")
         if model.truncate_dim is not None:
             raise Unsupported("it cuts vectors (truncate_dim)")
         dim = model.get_embedding_dimension()

@@ -122,6 +122,10 @@ class Source:
         settings = self.exported.settings() if self.exported else None
         self.fingerprint = settings.fingerprint if settings else fingerprint_of(directory)
 
+    def is_unchanged(self) -> bool:
+        """Return whether the files are still those of which the fingerprint was taken."""
+        return Source(self.directory, self.label).fingerprint == self.fingerprint
+
     def open(self, wish: Wish) -> Engine:
         """Return the engine that is asked for; converts and measures what was not before.
 

@@ -23,6 +23,7 @@ from hornbeam_ml.embedder import conversion
 from hornbeam_ml.embedder.checkpoint import Checkpoint
 from hornbeam_ml.embedder.description import describe
 from hornbeam_ml.embedder.engines.opening import open_engine
+from hornbeam_ml.embedder.fingerprint import fingerprint_of
 from hornbeam_ml.embedder.measurements import Measurement, Report, Request
 from hornbeam_ml.embedder.probe import measure, probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hornbeam_ml.embedder.engines.base import Engine
-
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
@@ -78,7 +78,11 @@ def convert(checkpoint: Checkpoint, workshop: Workshop, backend: str, precision:
 
 
 def prepare(request: Request) -> Report:
-    """Do what is asked for."""
+    """Do what is asked for.
+
+    Raises:
+        ModelError: the model changed meanwhile.
+    """
     workshop = Workshop(Path(request.workshop))
     checkpoint = None
     if request.model is not None:
@@ -87,7 +91,11 @@ def prepare(request: Request) -> Report:
             write_description(checkpoint, request.fingerprint, workshop)
         except Unsupported as problem:
             return Report(unsupported=str(problem))
-    return Report(measurements=list(_measurements(request, workshop, checkpoint)))
+    report = Report(measurements=list(_measurements(request, workshop, checkpoint)))
+    if request.model is not None and fingerprint_of(Path(request.model)) != request.fingerprint:
+        workshop.discard()  # nobody knows of which of the two models it is
+        raise ModelError("its files changed while it was converted")
+    return report
 
 
 def _measurements(

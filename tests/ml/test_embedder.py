@@ -11,20 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_models import DIM, REAL, make_model, some_texts
+from embedding_models import DIM, REAL, make_model, prepare_here, some_texts
 from serving_helpers import until
 
 from hornbeam_ml import Embedder, ModelError, cache_scope, predict, with_stream
 from hornbeam_ml.embedder import loading, workshop
 from hornbeam_ml.embedder.loading import Wish
 from hornbeam_ml.embedder.measurements import Measurement, Report, fastest
-from hornbeam_ml.embedder.prepare import prepare
 from hornbeam_ml.embedder.probe import least_cosine
 from hornbeam_ml.embedder.workshop import Workshop, workshop_for
 from hornbeam_ml.streams import Stream
@@ -48,16 +46,10 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_this_process(request, monkeypatch):
-    """Convert and measure here: a process of its own spends ten times as long importing torch.
+    """Convert and measure here.
 
     Tests that ask for `own_process` do it as it is done.
     """
-
-    def prepare_here(wanted):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # converters warn of their own ends
-            return prepare(wanted)
-
     if "own_process" not in request.fixturenames:
         monkeypatch.setattr(loading, "_run_preparation", prepare_here)
 
@@ -76,9 +68,10 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
-    """An export of it, made by the program that is there for it."""
+    """An export of it."""
     path = tmp_path_factory.mktemp("exported")
-    with Embedder(tiny[1]) as embedder:
+    with pytest.MonkeyPatch.context() as patch, Embedder(tiny[1]) as embedder:
+        patch.setattr(loading, "_run_preparation", prepare_here)
         embedder.export(path)
     return path
 
@@ -161,6 +154,7 @@ def test_a_model_that_needs_more_than_tokens_runs_as_it_is(tmp_path, caplog, bac
     assert "SentenceTransformer.encode, since" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_the_real_model_keeps_its_cosine():
     """all-MiniLM-L6-v2, in whatever precision was found to be the fastest."""
     from sentence_transformers import SentenceTransformer
@@ -457,6 +451,7 @@ def test_without_a_place_to_keep_things_torch_does(tiny, tmp_path, monkeypatch, 
         embedder.encode("a")
 
 
+@pytest.mark.slow
 def test_others_wait_for_the_one_that_converts(tiny, tmp_path):
     """Four processes start at once on a machine that has not seen the model."""
     program = (

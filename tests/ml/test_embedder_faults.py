@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import warnings
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_models import DIM, make_model
+from embedding_models import DIM, make_model, prepare_here
 
-from hornbeam_ml import Embedder, ModelError, ServingClosed, predict
+from hornbeam_ml import Embedder, ModelError, ServingClosed, apredict, predict
 from hornbeam_ml.embedder import conversion, loading
+from hornbeam_ml.embedder.checkpoint import Checkpoint
 from hornbeam_ml.embedder.directories import directory_of
-from hornbeam_ml.embedder.measurements import Measurement, Report
+from hornbeam_ml.embedder.measurements import Measurement, Report, Request
 from hornbeam_ml.embedder.prepare import prepare
-from hornbeam_ml.embedder.workshop import SETTINGS, workshop_for
+from hornbeam_ml.embedder.settings import Unsupported
+from hornbeam_ml.embedder.workshop import SETTINGS, Workshop, workshop_for
 from hornbeam_state.errors import ConfigError, DeadlineExceeded
 
 
@@ -36,13 +40,11 @@ def prepared(monkeypatch):
     """Convert and measure in this process; the list of what was asked for."""
     requests = []
 
-    def prepare_here(request):
+    def noted(request):
         requests.append(request)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # converters warn of their own ends
-            return prepare(request)
+        return prepare_here(request)
 
-    monkeypatch.setattr(loading, "_run_preparation", prepare_here)
+    monkeypatch.setattr(loading, "_run_preparation", noted)
     return requests
 
 
@@ -221,6 +223,71 @@ def test_another_precision_than_asked_for_is_an_error(tiny, tmp_path, monkeypatc
         embedder.start()
 
 
+# Models that are replaced where they lie.
+
+
+def retrained(model):
+    """Change the weights a little."""
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.with_suffix(".new").write_bytes(data)
+    weights.with_suffix(".new").replace(weights)
+
+
+def test_a_model_that_changes_while_it_is_loaded_is_loaded_again(tiny, tmp_path, monkeypatch):
+    """What is cached for a fingerprint is of its weights, also when it was asked for before."""
+    model, open_source, opened = tmp_path / "model", loading.Source.open, []
+    shutil.copytree(tiny, model)
+
+    def change_once(source, wish):
+        opened.append(source.fingerprint)
+        engine = open_source(source, wish)
+        if len(opened) == 1:
+            retrained(model)
+        return engine
+
+    monkeypatch.setattr(loading.Source, "open", change_once)
+    with Embedder(model, backend="torch", precision="exact") as embedder:
+        first = embedder.fingerprint
+        retrained(model)
+        embedder.start()
+        assert len({first, *opened}) == 2
+        assert embedder.fingerprint == opened[-1] == Embedder(model).fingerprint
+
+
+def test_nothing_is_kept_of_a_model_that_changes_while_it_is_converted(tiny, tmp_path):
+    """It might be of the one, under the name of the other."""
+    model, files = tmp_path / "model", Workshop(tmp_path / "files")
+    shutil.copytree(tiny, model)
+    fingerprint = Embedder(model).fingerprint
+    retrained(model)
+    request = Request(
+        model=str(model),
+        fingerprint=fingerprint,
+        workshop=str(files.directory),
+        device="cpu",
+        engines=[("openvino", "fp32")],
+        streams=1,
+    )
+    files.directory.mkdir()
+    with pytest.raises(ModelError, match="changed"):
+        prepare(request)
+    assert files.settings() is None
+    assert not files.path("openvino/model.xml").exists()
+
+
+def test_a_model_that_keeps_the_end_of_long_texts_runs_as_it_is(tiny, tmp_path):
+    """Texts to probe with may be too short to show that it does."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    options = json.loads((model / "tokenizer_config.json").read_text())
+    options["truncation_side"] = "left"
+    (model / "tokenizer_config.json").write_text(json.dumps(options))
+    with pytest.raises(Unsupported, match="end"):
+        Checkpoint(model, "cpu").settings("some fingerprint")
+
+
 # Forks.
 
 AFTER_A_FORK = """
@@ -374,6 +441,26 @@ async def test_others_survive_the_cancellation_of_the_first(held):
     assert embedder.stats().queued == 0
 
 
+async def test_predict_does_not_stop_the_loop_while_the_model_is_loaded(tiny, monkeypatch):
+    """Nor does it with a deadline, or from a thread."""
+    go_on, open_source = threading.Event(), loading.Source.open
+
+    def slow(source, wish):
+        assert go_on.wait(10)
+        return open_source(source, wish)
+
+    monkeypatch.setattr(loading.Source, "open", slow)
+    with Embedder(tiny, backend="torch", precision="exact", name="texts", cache=False) as embedder:
+        task = asyncio.create_task(apredict("texts", "some text"))
+        with ThreadPoolExecutor(1) as pool:
+            thread = pool.submit(predict, "texts", "some text")
+            await asyncio.sleep(0.05)
+            assert not embedder.ready  # the loop runs
+            go_on.set()
+            ones = await asyncio.gather(task, asyncio.wrap_future(thread))
+        assert np.array_equal(*ones)
+
+
 def test_a_model_of_the_library_needs_no_owner(monkeypatch):
     """As with SentenceTransformer; and an empty name is no name for the working directory."""
     asked = []
@@ -383,3 +470,48 @@ def test_a_model_of_the_library_needs_no_owner(monkeypatch):
     assert asked == ["sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en"]
     with pytest.raises(ModelError):
         directory_of("")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's way to end children")
+def test_the_preparation_ends_with_the_process_that_asked_for_it(tiny):
+    """Killed, it cannot say so; another process that converts has the cores to itself."""
+    program = f"from hornbeam_ml import Embedder; Embedder({str(tiny)!r}).start()"
+    asking = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        preparing = wait_until(lambda: preparation_of(asking.pid))
+    finally:
+        asking.kill()
+        asking.wait(10)
+    wait_until(lambda: not is_running(preparing))
+
+
+def preparation_of(process):
+    """Return the id of the child that prepares, when it has begun to."""
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                # Once it has begun, what libraries print goes to its standard error.
+                outputs = {Path(f"/proc/{child}/fd/{number}").readlink() for number in (1, 2)}
+                if len(outputs) == 1:
+                    return int(child)
+    return None
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
