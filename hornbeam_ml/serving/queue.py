@@ -86,7 +86,7 @@ class BatchQueue:
         with self._lock:
             now = self.clock()
             if self._closed is not None:
-                raise self._closed
+                raise copies(self._closed, 2)[1]
             if call.error is not None:  # `disconnect` was quicker
                 raise call.error
             if call.deadline <= now:
