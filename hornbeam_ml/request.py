@@ -105,6 +105,21 @@ set_current_request: Final = _current.set
 """Says which request the calling thread or task works for from now on."""
 
 
+def check_request() -> None:
+    """Return if work for the request may begin, or where there is none; see `Request.check`."""
+    request = current_request()
+    if request is not None:
+        request.check()
+
+
+def seconds_left() -> float | None:
+    """Return for how long the caller may wait, by the deadline of its request; None: for ever."""
+    request = current_request()
+    if request is None or request.deadline == inf:
+        return None
+    return max(0.0, request.deadline - time.monotonic())
+
+
 def deadline_from(header: str, now: float) -> float:
     """Return the deadline that the value of the header sets; more than a day counts as a day.
 

@@ -18,16 +18,19 @@ from hornbeam_ml import (
     Overloaded,
     Serving,
     acached_inference,
+    cache_stats,
     cached_inference,
     predict,
 )
 from hornbeam_ml.entry import AsgiEntry, WsgiEntry
+from hornbeam_ml.keys import call_key
 from hornbeam_ml.request import (
     Request,
     current_request,
     deadline_from,
     set_current_request,
 )
+from hornbeam_state.locks import Lock
 
 
 @pytest.fixture(autouse=True)
@@ -310,6 +313,49 @@ def test_the_deadline_of_who_computes_is_not_that_of_who_waits(held, kind):
         assert isinstance(leader.exception(LIMIT_S), ClientDisconnected)
         held.open()
         assert (first.result(LIMIT_S), follower.result(LIMIT_S)) == (2, 4)
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_deadline_counts_while_another_computes(kind):
+    """Also while the one who computes has no deadline."""
+    computing, go = threading.Event(), threading.Event()
+
+    def compute(item):
+        computing.set()
+        assert go.wait(LIMIT_S)
+        return item
+
+    def call():
+        if kind == "blocking":
+            return cached_inference(compute, 2, cache_key="shared")
+        return asyncio.run(acached_inference(compute, 2, cache_key="shared"))
+
+    leader = in_thread(call)
+    assert computing.wait(LIMIT_S)
+    with pytest.raises(DeadlineExceeded):
+        working_for(Request(time.monotonic() + 0.05), call)
+    go.set()
+    assert leader.result(LIMIT_S) == 2
+    stats = cache_stats()
+    assert (stats["misses"], stats["errors"]) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_deadline_counts_while_another_process_computes(kind, store):
+    ran = []
+
+    async def compute(item):
+        ran.append(item)
+
+    def call():
+        if kind == "blocking":
+            return cached_inference(ran.append, 2, cache_key="shared")
+        return asyncio.run(acached_inference(compute, 2, cache_key="shared"))
+
+    key = call_key(compute, 2, prefix="ml", cache_key="shared")
+    with Lock(store.backend, b"flight:" + key.encode()), pytest.raises(DeadlineExceeded):
+        working_for(Request(time.monotonic() + 0.05), call)
+    assert ran == []
 
 
 # The entry.

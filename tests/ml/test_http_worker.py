@@ -155,16 +155,17 @@ class Service:
         self.server = server
         self.host, _, port = server.url.removeprefix("http://").partition(":")
         self.port = int(port)
-        self._clients = ThreadPoolExecutor(20)
+        self._client = server.client(timeout=30)
+        self._threads = ThreadPoolExecutor(20)
 
     def get(self, path, **headers):
         """Send a request; return the answer."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        return httpx.get(self.server.url + path, headers=headers, timeout=30)
+        return self._client.get(path, headers=headers)
 
     def later(self, path):
         """Send a request; return a future of the answer."""
-        return self._clients.submit(self.get, path)
+        return self._threads.submit(self.get, path)
 
     def connect(self, *paths):
         """Send requests over one connection; return it."""
@@ -193,7 +194,8 @@ class Service:
         assert blocking.result().status_code == 200
 
     def close(self):
-        self._clients.shutdown()
+        self._threads.shutdown()
+        self._client.close()
 
 
 def serve(directory, app, **env):
@@ -431,3 +433,15 @@ def test_background_tasks_are_bound_to_nothing(asgi):
 def test_an_error_after_the_start_breaks_the_connection(asgi):
     with pytest.raises(httpx.RemoteProtocolError):
         asgi.get("/broken/item")
+
+
+def test_an_app_that_started_while_it_was_imported_is_served_all_the_same(tmp_path):
+    """Its own errors stay 500, and a line in the log says why."""
+    started = "app.middleware_stack = app.build_middleware_stack()"
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "app.py").write_text(f"{ASGI}\n{started}")
+    with Gunicorn("app:app", cwd=tmp_path) as server:
+        server.ready()
+        assert server.get("/fail/overloaded").status_code == 500
+        assert server.get("/run/x").json() == "x"
+        assert "install_error_handlers: the app has started" in server.log
