@@ -12,8 +12,8 @@ import numpy as np
 from hornbeam_ml import threads
 from hornbeam_ml.devices import check_device, pick_device
 from hornbeam_ml.embedder.cached import acached_vectors, cached_vectors
-from hornbeam_ml.embedder.loading import Wish
 from hornbeam_ml.embedder.model import Item, TextModel, check_text
+from hornbeam_ml.embedder.wish import Wish
 from hornbeam_ml.request import current_request
 from hornbeam_ml.serving.serving import Serving
 from hornbeam_state.errors import DeadlineExceeded
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
-    from hornbeam_ml.embedder.loading import AskedPrecision, Backend
+    from hornbeam_ml.embedder.wish import AskedPrecision, Backend
     from hornbeam_ml.serving.stats import ServingStats
 
 _TOKENS_ON_CPU: Final = 1024

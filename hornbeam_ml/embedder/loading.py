@@ -9,9 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -21,6 +20,7 @@ from hornbeam_ml.embedder.fingerprint import fingerprint_of
 from hornbeam_ml.embedder.measurements import Report, Request
 from hornbeam_ml.embedder.probe import probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
+from hornbeam_ml.embedder.wish import PRECISIONS
 from hornbeam_ml.embedder.workshop import (
     FILES,
     SETTINGS,
@@ -30,7 +30,6 @@ from hornbeam_ml.embedder.workshop import (
     workshop_for,
 )
 from hornbeam_ml.errors import ModelError
-from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,73 +37,15 @@ if TYPE_CHECKING:
 
     from hornbeam_ml.embedder.engines.base import Engine, Precision
     from hornbeam_ml.embedder.measurements import Measurement
+    from hornbeam_ml.embedder.wish import Wish
 
 logger = logging.getLogger("hornbeam.embedder")
 
-Backend = Literal["auto", "torch", "onnx", "openvino", "sentence-transformers"]
-AskedPrecision = Literal["auto", "exact", "fp32", "bf16", "int8"]
 _LONGEST_PREPARATION_S: Final = 900.0
 FAILURES_COUNT_S: Final = 3600.0
 """How long an engine that failed is not tried again: the disk may have been full."""
 _OF_A_MODEL: Final = ("modules.json", "config.json", *FILES.values())
-_PRECISIONS: Final[dict[str, tuple[Precision, ...]]] = {
-    "torch": ("fp32", "bf16"),
-    "openvino": ("fp32", "bf16"),
-    "onnx": ("fp32", "int8"),
-}
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What kind of engine is asked for.
-
-    Attributes:
-        backend: A library, or ``auto``.
-        precision: An arithmetic; ``exact`` is fp32, ``auto`` all that are as good.
-        device: ``cpu`` or ``cuda:N``.
-        streams: How many threads will encode at a time.
-    """
-
-    backend: str
-    precision: str
-    device: str
-    streams: int
-
-    def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ConfigError(f"backend={self.backend!r}: use one of {get_args(Backend)}")
-        if self.precision not in get_args(AskedPrecision):
-            raise ConfigError(
-                f"precision={self.precision!r}: use one of {get_args(AskedPrecision)}"
-            )
-        if self.backend in _PRECISIONS and not self._pairs([self.backend], has_bf16=True):
-            raise ConfigError(f"backend={self.backend!r} has no precision={self.precision!r}")
-
-    def candidates(
-        self, *, installed: Sequence[str], has_bf16: bool
-    ) -> list[tuple[str, Precision]]:
-        """Return pairs of backend and precision, the plainest first.
-
-        Args:
-            installed: The backends to think of.
-            has_bf16: Whether the processor computes in bf16.
-        """
-        backends = list(installed) if self.backend == "auto" else [self.backend]
-        if self.device != "cpu":
-            backends = [name for name in backends if name == "torch"]
-        return self._pairs(backends, has_bf16=has_bf16)
-
-    def _pairs(self, backends: Sequence[str], *, has_bf16: bool) -> list[tuple[str, Precision]]:
-        wanted = {"auto": ("fp32", "bf16"), "exact": ("fp32",)}.get(
-            self.precision, (self.precision,)
-        )
-        return [
-            (backend, precision)
-            for backend in backends
-            for precision in _PRECISIONS.get(backend, ())
-            if precision in wanted and (precision != "bf16" or has_bf16)
-        ]
 
 
 class Source:
@@ -143,7 +84,7 @@ class Source:
     def _candidates(self, wish: Wish) -> list[tuple[str, Precision]]:
         if wish.backend != "auto":
             check_installed(wish.backend)
-        installed = [name for name in _PRECISIONS if is_installed(name)]
+        installed = [name for name in PRECISIONS if is_installed(name)]
         has_bf16 = wish.device != "cpu" or bool(_BF16_FLAGS & set(cpu_flags()))
         candidates = wish.candidates(installed=installed, has_bf16=has_bf16)
         if self.exported is not None:

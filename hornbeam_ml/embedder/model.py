@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from hornbeam_ml.embedder.engines.base import Engine
-    from hornbeam_ml.embedder.loading import Wish
+    from hornbeam_ml.embedder.wish import Wish
 
 
 _MOST_TRIES: Final = 3

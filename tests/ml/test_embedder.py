@@ -21,9 +21,9 @@ from serving_helpers import until
 
 from hornbeam_ml import Embedder, ModelError, cache_scope, predict, with_stream
 from hornbeam_ml.embedder import loading, workshop
-from hornbeam_ml.embedder.loading import Wish
 from hornbeam_ml.embedder.measurements import Measurement, Report, fastest
 from hornbeam_ml.embedder.probe import least_cosine
+from hornbeam_ml.embedder.wish import Wish
 from hornbeam_ml.embedder.workshop import Workshop, workshop_for
 from hornbeam_ml.streams import Stream
 from hornbeam_state.errors import ConfigError, DeadlineExceeded, Overloaded
