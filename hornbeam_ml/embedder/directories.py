@@ -14,13 +14,17 @@ def directory_of(model: str | Path) -> Path:
         ModelError: there is no such directory, and the name is not in the cache.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if str(model) and path.is_dir():
         return path.resolve()
     name = str(model)
+    if not name:
+        raise ModelError("a model has a directory or a name, not an empty one")
+    # As SentenceTransformer does it, which knows its own models without their owner.
+    hub_name = name if "/" in name else f"sentence-transformers/{name}"
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(hub_name))
     except ImportError as error:
         raise ModelError(f"there is no directory {name}") from error
     except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -10,15 +12,17 @@ import numpy as np
 from hornbeam_ml import threads
 from hornbeam_ml.devices import check_device, pick_device
 from hornbeam_ml.embedder.cached import acached_vectors, cached_vectors
-from hornbeam_ml.embedder.loading import Wish
-from hornbeam_ml.embedder.model import Item, TextModel
+from hornbeam_ml.embedder.model import Item, TextModel, check_text
+from hornbeam_ml.embedder.wish import Wish
+from hornbeam_ml.request import current_request
 from hornbeam_ml.serving.serving import Serving
+from hornbeam_state.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
-    from hornbeam_ml.embedder.loading import AskedPrecision, Backend
+    from hornbeam_ml.embedder.wish import AskedPrecision, Backend
     from hornbeam_ml.serving.stats import ServingStats
 
 _TOKENS_ON_CPU: Final = 1024
@@ -79,6 +83,7 @@ class Embedder:
     ) -> None:
         self.model = str(model)
         self._cache = cache
+        self._deadline_ms = deadline_ms
         on_gpu = pick_device(check_device(device)) != "cpu"
         streams = 1 if on_gpu else min(threads.process_share(1), _MOST_STREAMS)
         wish = Wish(
@@ -88,13 +93,17 @@ class Embedder:
             streams=streams,
         )
         self._model = TextModel(self.model, wish)
+        batch_size = _TEXTS_ON_GPU if on_gpu else _TEXTS_ON_CPU
+        if max_batch_tokens is None:
+            max_batch_tokens = _TOKENS_ON_GPU if on_gpu else _TOKENS_ON_CPU
+        self._at_a_time = min(queue_limit, batch_size * streams)
         self._serving = Serving(
             self._model.load,
             name=name,
             preprocess=self._model.item,
             length=self._model.length,
-            batch_size=_TEXTS_ON_GPU if on_gpu else _TEXTS_ON_CPU,
-            max_batch_tokens=max_batch_tokens or (_TOKENS_ON_GPU if on_gpu else _TOKENS_ON_CPU),
+            batch_size=batch_size,
+            max_batch_tokens=max_batch_tokens,
             streams=streams,
             device=device,
             queue_limit=queue_limit,
@@ -119,23 +128,31 @@ class Embedder:
             normalize: Whether vectors have length 1; None: as the model's own modules do.
             inline: Run here, on the current stream where there is one, unmixed with other
                 callers' texts and without the cache.
-            timeout_ms: When to stop waiting.
+            timeout_ms: When to stop waiting, also for the model to be loaded. An inline call
+                that has begun is not interrupted.
 
         Returns:
             float32 of shape (dim,) for a str, (n, dim) for a sequence. It is the caller's own.
 
         Raises:
             TypeError: what was given is no text.
+            ValueError: a text has lone surrogates, which no tokenizer takes.
             Overloaded: too many texts wait.
             DeadlineExceeded: the deadline passed.
             ModelError: the model could not be loaded.
         """
         texts, single = _texts(text_or_texts)
-        request = self._request(normalize=normalize, timeout_ms=timeout_ms)
+        deadline = self._deadline(timeout_ms)
+        if not self._model.loaded:
+            self.start(_left(deadline))
+        request = self._request(normalize=normalize, deadline=deadline)
         if inline:
             rows = self._serving.run_inline(request.items(texts))
         elif self._cache:
-            rows = cached_vectors(request, texts)
+            try:
+                rows = cached_vectors(request, texts, deadline)
+            except TimeoutError as error:
+                raise self._too_late() from error
         else:
             rows = request.compute_all(texts)
         return self._array(rows, single=single)
@@ -150,16 +167,27 @@ class Embedder:
     ) -> Any:
         """Awaitable twin of `encode`. Cancelled, it takes back the texts that have not started."""
         texts, single = _texts(text_or_texts)
+        deadline = self._deadline(timeout_ms)
         if not self._model.loaded:
-            await self.astart()
-        request = self._request(normalize=normalize, timeout_ms=timeout_ms)
+            await self.astart(_left(deadline))
+        request = self._request(normalize=normalize, deadline=deadline)
         if inline:
             rows = await self._serving.arun_inline(await request.aitems(texts))
         elif self._cache:
-            rows = await acached_vectors(request, texts)
+            rows = await self._acached(request, texts)
         else:
             rows = await request.acompute_all(texts)
         return self._array(rows, single=single)
+
+    async def _acached(self, request: _Request, texts: Sequence[str]) -> list[Any]:
+        timeout = asyncio.timeout(_left(request.deadline))
+        try:
+            async with timeout:
+                return await acached_vectors(request, texts)
+        except TimeoutError as error:
+            if timeout.expired():
+                raise self._too_late() from error
+            raise
 
     # What it is.
 
@@ -248,10 +276,20 @@ class Embedder:
     def __repr__(self) -> str:
         return f"Embedder({self.model!r})"
 
-    def _request(self, *, normalize: bool | None, timeout_ms: float | None) -> _Request:
+    def _deadline(self, timeout_ms: float | None) -> float:
+        if timeout_ms is None:
+            timeout_ms = self._deadline_ms
+        request = current_request()
+        latest = inf if request is None else request.deadline
+        return latest if timeout_ms is None else min(latest, time.monotonic() + timeout_ms / 1000)
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self!r}: the deadline passed before there was a result")
+
+    def _request(self, *, normalize: bool | None, deadline: float) -> _Request:
         model = self._model
         wanted = model.engine.normalizes if normalize is None else bool(normalize)
-        return _Request(model, self._serving, wanted, timeout_ms)
+        return _Request(model, self._serving, wanted, deadline, self._at_a_time)
 
     def _array(self, rows: Sequence[Any], *, single: bool) -> Any:
         if single:
@@ -265,7 +303,8 @@ class _Request(NamedTuple):
     model: TextModel
     serving: Serving
     normalize: bool
-    timeout_ms: float | None
+    deadline: float
+    at_a_time: int
 
     def key(self, text: str) -> tuple[Any, ...]:
         """Return the model, its numeric class, and the text."""
@@ -293,12 +332,21 @@ class _Request(NamedTuple):
 
     def compute_all(self, texts: Sequence[str]) -> list[Any]:
         """Return the vectors of some texts."""
-        return self.serving.run_batch(self.items(texts), timeout_ms=self.timeout_ms)
+        return self.serving.run_batch(self.items(texts), timeout_ms=self._timeout_ms())
 
     async def acompute_all(self, texts: Sequence[str]) -> list[Any]:
         """Awaitable twin of `compute_all`."""
         items = await self.aitems(texts)
-        return await self.serving.arun_batch(items, timeout_ms=self.timeout_ms)
+        return await self.serving.arun_batch(items, timeout_ms=self._timeout_ms())
+
+    def _timeout_ms(self) -> float | None:
+        left = _left(self.deadline)
+        return None if left is None else 1000 * left
+
+
+def _left(deadline: float) -> float | None:
+    """Return the seconds until a deadline; None: there is none."""
+    return None if deadline == inf else max(0.0, deadline - time.monotonic())
 
 
 def _texts(text_or_texts: Any) -> tuple[list[str], bool]:
@@ -306,13 +354,18 @@ def _texts(text_or_texts: Any) -> tuple[list[str], bool]:
 
     Raises:
         TypeError: there is something else than a str.
+        ValueError: a text is not valid Unicode.
     """
     if isinstance(text_or_texts, str):
+        check_text(text_or_texts)
         return [text_or_texts], True
+    if isinstance(text_or_texts, bytes | bytearray):
+        raise TypeError("encode takes a str or a list of str, not bytes: decode them first")
     texts = list(text_or_texts)
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(
                 f"encode takes a str or a list of str, not {type(text).__qualname__} in a list"
             )
+        check_text(text)
     return texts, False

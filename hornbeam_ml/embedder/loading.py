@@ -2,94 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from hornbeam_ml.embedder.engines import openvino
 from hornbeam_ml.embedder.engines.opening import check_installed, is_installed, open_engine
 from hornbeam_ml.embedder.fingerprint import fingerprint_of
 from hornbeam_ml.embedder.measurements import Report, Request
 from hornbeam_ml.embedder.probe import probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
-from hornbeam_ml.embedder.workshop import FILES, Workshop, cpu_flags, machine_key, workshop_for
+from hornbeam_ml.embedder.wish import PRECISIONS
+from hornbeam_ml.embedder.workshop import (
+    FILES,
+    SETTINGS,
+    Workshop,
+    cpu_flags,
+    machine_key,
+    workshop_for,
+)
 from hornbeam_ml.errors import ModelError
-from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
     from hornbeam_ml.embedder.engines.base import Engine, Precision
+    from hornbeam_ml.embedder.measurements import Measurement
+    from hornbeam_ml.embedder.wish import Wish
 
 logger = logging.getLogger("hornbeam.embedder")
 
-Backend = Literal["auto", "torch", "onnx", "openvino", "sentence-transformers"]
-AskedPrecision = Literal["auto", "exact", "fp32", "bf16", "int8"]
 _LONGEST_PREPARATION_S: Final = 900.0
-_PRECISIONS: Final[dict[str, tuple[Precision, ...]]] = {
-    "torch": ("fp32", "bf16"),
-    "openvino": ("fp32", "bf16"),
-    "onnx": ("fp32", "int8"),
-}
+FAILURES_COUNT_S: Final = 3600.0
+"""How long an engine that failed is not tried again: the disk may have been full."""
+_OF_A_MODEL: Final = ("modules.json", "config.json", *FILES.values())
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What kind of engine is asked for.
-
-    Attributes:
-        backend: A library, or ``auto``.
-        precision: An arithmetic; ``exact`` is fp32, ``auto`` all that are as good.
-        device: ``cpu`` or ``cuda:N``.
-        streams: How many threads will encode at a time.
-    """
-
-    backend: str
-    precision: str
-    device: str
-    streams: int
-
-    def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ConfigError(f"backend={self.backend!r}: use one of {get_args(Backend)}")
-        if self.precision not in get_args(AskedPrecision):
-            raise ConfigError(
-                f"precision={self.precision!r}: use one of {get_args(AskedPrecision)}"
-            )
-        if self.backend in _PRECISIONS and not self._pairs([self.backend], has_bf16=True):
-            raise ConfigError(f"backend={self.backend!r} has no precision={self.precision!r}")
-
-    def candidates(
-        self, *, installed: Sequence[str], has_bf16: bool
-    ) -> list[tuple[str, Precision]]:
-        """Return pairs of backend and precision, the plainest first.
-
-        Args:
-            installed: The backends to think of.
-            has_bf16: Whether the processor computes in bf16.
-        """
-        backends = list(installed) if self.backend == "auto" else [self.backend]
-        if self.device != "cpu":
-            backends = [name for name in backends if name == "torch"]
-        return self._pairs(backends, has_bf16=has_bf16)
-
-    def _pairs(self, backends: Sequence[str], *, has_bf16: bool) -> list[tuple[str, Precision]]:
-        wanted = {"auto": ("fp32", "bf16"), "exact": ("fp32",)}.get(
-            self.precision, (self.precision,)
-        )
-        return [
-            (backend, precision)
-            for backend in backends
-            for precision in _PRECISIONS.get(backend, ())
-            if precision in wanted and (precision != "bf16" or has_bf16)
-        ]
 
 
 class Source:
@@ -97,13 +53,19 @@ class Source:
 
     Args:
         directory: Where it lies.
+        label: What messages call it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, label: str) -> None:
         self.directory = directory
+        self.label = label
         self.exported = Workshop(directory) if Workshop(directory).settings() else None
         settings = self.exported.settings() if self.exported else None
         self.fingerprint = settings.fingerprint if settings else fingerprint_of(directory)
+
+    def is_unchanged(self) -> bool:
+        """Return whether the files are still those of which the fingerprint was taken."""
+        return Source(self.directory, self.label).fingerprint == self.fingerprint
 
     def open(self, wish: Wish) -> Engine:
         """Return the engine that is asked for; converts and measures what was not before.
@@ -115,13 +77,14 @@ class Source:
             return self._whole(wish, "")
         candidates = self._candidates(wish)
         if self.exported is None and [name for name, _ in candidates] == ["torch"]:
+            logger.info("%s runs on torch %s", self.label, candidates[0][1])
             return self._torch(wish, candidates[0][1])
         return self._chosen(wish, candidates)
 
     def _candidates(self, wish: Wish) -> list[tuple[str, Precision]]:
         if wish.backend != "auto":
             check_installed(wish.backend)
-        installed = [name for name in _PRECISIONS if is_installed(name)]
+        installed = [name for name in PRECISIONS if is_installed(name)]
         has_bf16 = wish.device != "cpu" or bool(_BF16_FLAGS & set(cpu_flags()))
         candidates = wish.candidates(installed=installed, has_bf16=has_bf16)
         if self.exported is not None:
@@ -139,8 +102,9 @@ class Source:
 
     def export(self, path: str | PathLike[str], wish: Wish) -> None:
         """Write all that is needed to run the model without torch; see `Embedder.export`."""
-        target = Workshop(Path(path))
+        target = _export_target(Path(path).expanduser(), self.directory)
         if self.exported is not None:
+            target.discard()
             shutil.copytree(self.directory, target.directory, dirs_exist_ok=True)
             return
         engines = [
@@ -166,70 +130,92 @@ class Source:
             kept = workshop_for(self.fingerprint)
             report = self._report(kept, wish, candidates)
         except (OSError, ModelError, subprocess.SubprocessError) as error:
-            return self._without_choice(wish, error)
+            if self.exported or ("torch", "fp32") not in candidates:
+                raise ModelError(f"cannot prepare {self.directory}: {error}") from error
+            logger.warning("%s runs on torch fp32, since: %s", self.label, error)
+            return self._torch(wish, "fp32")
         if report.unsupported:
             return self._whole(wish, report.unsupported)
-        return self._best(kept, wish, report)
+        best = self._best(report)
+        if best.backend == "torch":
+            return self._torch(wish, best.precision)  # type: ignore[arg-type]
+        if best.backend == "openvino":
+            openvino.check_process()
+        if self.exported:
+            return _open(self.exported, best)
+        return self._kept(kept, wish, candidates, best)
 
-    def _report(
-        self, kept: Workshop, wish: Wish, candidates: list[tuple[str, Precision]]
-    ) -> Report:
-        """Return what is known of some engines; one process of the machine finds it out."""
-        key = machine_key(device=wish.device, streams=wish.streams, candidates=candidates)
-        name = f"choice-{key}.json"
-        report = self._remembered(kept, name)
-        if report is None:
-            with kept.only_one():
-                report = self._remembered(kept, name)
-                if report is None:
-                    report = self._prepared(kept, wish, candidates)
-                    kept.write(name, msgspec.json.encode(report))
-        return report
-
-    def _remembered(self, kept: Workshop, name: str) -> Report | None:
-        """Return what was measured before, unless a file of it is gone."""
-        try:
-            report = msgspec.json.decode(kept.path(name).read_bytes(), type=Report)
-        except (OSError, msgspec.DecodeError):
-            return None
-        best = report.best()
-        file = FILES.get((best.backend, best.precision)) if best else None
-        files = self.exported or kept
-        return report if file is None or files.path(file).is_file() else None
-
-    def _best(self, kept: Workshop, wish: Wish, report: Report) -> Engine:
+    def _best(self, report: Report) -> Measurement:
         best = report.best()
         if best is None:
             raise ModelError(f"no engine runs {self.directory}: {report}")
         logger.info(
             "%s runs on %s %s, the fastest of: %s",
-            *(self.directory.name, best.backend, best.precision, report),
+            *(self.label, best.backend, best.precision, report),
         )
-        if best.backend == "torch":
-            return self._torch(wish, best.precision)  # type: ignore[arg-type]
-        workshop = self.exported or kept
-        return open_engine(workshop, best.backend, best.precision)  # type: ignore[arg-type]
+        return best
+
+    def _report(
+        self, kept: Workshop, wish: Wish, candidates: list[tuple[str, Precision]]
+    ) -> Report:
+        """Return what is known of some engines; one process of the machine finds it out."""
+        name = _choice_name(wish, candidates)
+        files = self.exported or kept
+        report = _remembered(kept, name, files)
+        if report is None:
+            with kept.only_one():
+                report = _remembered(kept, name, files)
+                if report is None:
+                    report = self._measured(kept, wish, candidates)
+        return report
+
+    def _measured(
+        self, kept: Workshop, wish: Wish, candidates: list[tuple[str, Precision]]
+    ) -> Report:
+        logger.info(
+            "%s is converted and measured, once for this machine; takes about half a minute; "
+            "kept in %s",
+            *(self.label, kept.directory),
+        )
+        report = self._prepared(self.exported or kept, wish, candidates)
+        if report.unsupported or report.best():
+            kept.write(_choice_name(wish, candidates), msgspec.json.encode(report))
+        return report
+
+    def _kept(
+        self,
+        kept: Workshop,
+        wish: Wish,
+        candidates: list[tuple[str, Precision]],
+        best: Measurement,
+    ) -> Engine:
+        """Open an engine whose files were kept, and make them again when they are damaged."""
+        try:
+            return _open(kept, best)
+        except Exception as error:  # noqa: BLE001 - each library has errors of its own
+            logger.warning("%s is made again, since: %s", kept.directory, _first_line(error))
+        with kept.only_one():
+            with contextlib.suppress(Exception):  # another process may have made them already
+                return _open(kept, best)
+            kept.discard()
+            again = self._best(self._measured(kept, wish, candidates))
+        if again.backend == "torch":
+            return self._torch(wish, again.precision)  # type: ignore[arg-type]
+        return _open(kept, again)
 
     def _prepared(
-        self, kept: Workshop, wish: Wish, candidates: Sequence[tuple[str, str]]
+        self, files: Workshop, wish: Wish, candidates: Sequence[tuple[str, str]]
     ) -> Report:
         """Have a process of its own convert and measure."""
         request = Request(
             model=None if self.exported else str(self.directory),
             fingerprint=self.fingerprint,
-            workshop=str((self.exported or kept).directory),
+            workshop=str(files.directory),
             device=wish.device,
             engines=list(candidates),
             streams=wish.streams,
         )
         return _run_preparation(request)
-
-    def _without_choice(self, wish: Wish, error: Exception) -> Engine:
-        """Make do with torch, which needs no preparation."""
-        if self.exported or wish.backend not in ("auto", "torch"):
-            raise ModelError(f"cannot prepare {self.directory}: {error}") from error
-        logger.warning("%s runs on torch fp32, since: %s", self.directory.name, error)
-        return self._torch(wish, "fp32")
 
     # Opening.
 
@@ -258,9 +244,47 @@ class Source:
         return WholeEngine(Checkpoint(self.directory, wish.device))
 
     def _say_whole(self, problem: str) -> None:
-        logger.warning(
-            "%s runs on SentenceTransformer.encode, since %s", self.directory.name, problem
-        )
+        logger.warning("%s runs on SentenceTransformer.encode, since %s", self.label, problem)
+
+
+def _export_target(path: Path, source: Path) -> Workshop:
+    """Return where to export to.
+
+    Raises:
+        ModelError: a model lies there that is no export, or the very one to export.
+    """
+    target = Workshop(path)
+    is_model = any(target.path(name).exists() for name in _OF_A_MODEL)
+    if path.resolve() == source or (is_model and not target.path(SETTINGS).exists()):
+        raise ModelError(f"{path} holds a model: export to another directory")
+    return target
+
+
+def _choice_name(wish: Wish, candidates: Sequence[tuple[str, str]]) -> str:
+    key = machine_key(device=wish.device, streams=wish.streams, candidates=candidates)
+    return f"choice-{key}.json"
+
+
+def _remembered(kept: Workshop, name: str, files: Workshop) -> Report | None:
+    """Return what was measured before, unless the file of the best is gone."""
+    try:
+        report = msgspec.json.decode(kept.path(name).read_bytes(), type=Report)
+        age = time.time() - kept.path(name).stat().st_mtime
+    except (OSError, msgspec.DecodeError):
+        return None
+    if age >= FAILURES_COUNT_S and any(found.problem for found in report.measurements):
+        return None
+    best = report.best()
+    file = FILES.get((best.backend, best.precision)) if best else None
+    return report if file is None or files.path(file).is_file() else None
+
+
+def _open(files: Workshop, best: Measurement) -> Engine:
+    return open_engine(files, best.backend, best.precision)  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _run_preparation(request: Request) -> Report:
@@ -270,8 +294,8 @@ def _run_preparation(request: Request) -> Report:
         ModelError: it crashed.
         subprocess.TimeoutExpired: it took too long.
     """
-    ran = subprocess.run(
-        [sys.executable, "-m", "hornbeam_ml.embedder.prepare"],
+    ran = subprocess.run(  # noqa: S603 - this package's own program
+        [sys.executable, "-m", "hornbeam_ml.embedder.prepare", str(os.getpid())],
         input=msgspec.json.encode(request),
         capture_output=True,
         timeout=_LONGEST_PREPARATION_S,

@@ -1,17 +1,20 @@
 """Converts a model and measures its engines, in a process of its own.
 
-``python -m hornbeam_ml.embedder.prepare`` reads a `Request` from its standard input and prints a
-`Report`. Converters print, patch libraries, hold hundreds of megabytes and now and then crash;
-a worker that starts this program instead of calling them has none of it.
+``python -m hornbeam_ml.embedder.prepare PID`` reads a `Request` from its standard input and prints
+a `Report`; it ends with its parent, whose number is PID. Converters print, patch libraries, hold
+hundreds of megabytes and now and then crash; a worker that starts this program instead of calling
+them has none of it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
@@ -20,6 +23,7 @@ from hornbeam_ml.embedder import conversion
 from hornbeam_ml.embedder.checkpoint import Checkpoint
 from hornbeam_ml.embedder.description import describe
 from hornbeam_ml.embedder.engines.opening import open_engine
+from hornbeam_ml.embedder.fingerprint import fingerprint_of
 from hornbeam_ml.embedder.measurements import Measurement, Report, Request
 from hornbeam_ml.embedder.probe import measure, probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
     from hornbeam_ml.embedder.engines.base import Engine
 
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
 
 def write_description(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> None:
     """Write down how a model is run on token ids, having checked that it can be.
@@ -40,6 +46,9 @@ def write_description(checkpoint: Checkpoint, fingerprint: str, workshop: Worksh
     """
     reference = checkpoint.encode(probe_texts())
     settings = describe(checkpoint, fingerprint, reference)
+    found = workshop.settings()
+    if found is None or found.fingerprint != fingerprint:
+        workshop.discard()  # an export of another model, or one of which nothing is known
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(reference, np.float32), allow_pickle=False)
     workshop.write(TOKENIZER, checkpoint.tokenizer_definition().encode())
@@ -69,7 +78,11 @@ def convert(checkpoint: Checkpoint, workshop: Workshop, backend: str, precision:
 
 
 def prepare(request: Request) -> Report:
-    """Do what is asked for."""
+    """Do what is asked for.
+
+    Raises:
+        ModelError: the model changed meanwhile.
+    """
     workshop = Workshop(Path(request.workshop))
     checkpoint = None
     if request.model is not None:
@@ -78,7 +91,11 @@ def prepare(request: Request) -> Report:
             write_description(checkpoint, request.fingerprint, workshop)
         except Unsupported as problem:
             return Report(unsupported=str(problem))
-    return Report(measurements=list(_measurements(request, workshop, checkpoint)))
+    report = Report(measurements=list(_measurements(request, workshop, checkpoint)))
+    if request.model is not None and fingerprint_of(Path(request.model)) != request.fingerprint:
+        workshop.discard()  # nobody knows of which of the two models it is
+        raise ModelError("its files changed while it was converted")
+    return report
 
 
 def _measurements(
@@ -98,11 +115,19 @@ def _measurements(
 
 def main() -> None:
     """Serve one request."""
+    _end_with(int(sys.argv[1]))
     answer = os.dup(1)
     os.dup2(2, 1)  # libraries print; only the report is the answer
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with os.fdopen(answer, "wb") as file:
         file.write(msgspec.json.encode(prepare(request)))
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent: nobody wants the rest."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the process that asked has ended")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class Workshop:
         """Return the content of its ``tokenizer.json``."""
         return self.path(TOKENIZER).read_text("utf-8")
 
+    def discard(self) -> None:
+        """Remove what describes the model, and then whatever was made of it."""
+        for name in (SETTINGS, *FILES.values()):
+            self.path(name).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def only_one(self) -> Iterator[None]:
         """Keep the other processes of this machine out; blocks until they are."""
@@ -104,8 +109,9 @@ class Workshop:
 def workshop_for(fingerprint: str, environ: Mapping[str, str] = os.environ) -> Workshop:
     """Return where the files of a model are kept that these versions of the libraries make.
 
-    That is in ``HORNBEAM_CACHE``, or ``$XDG_CACHE_HOME/hornbeam``, or ``~/.cache/hornbeam``; when
-    it cannot be written to, in the directory for temporary files.
+    That is in ``HORNBEAM_CACHE``; when that is not set, in ``$XDG_CACHE_HOME/hornbeam`` or
+    ``~/.cache/hornbeam``, and when these cannot be written to, in the directory for temporary
+    files.
 
     Raises:
         OSError: none of them can be written to.

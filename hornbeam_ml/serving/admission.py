@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hornbeam_ml.errors import ModelError
+from hornbeam_ml.request import current_request
 from hornbeam_ml.serving.batch import chunks_of
 from hornbeam_ml.serving.calls import Call, Entry
 from hornbeam_ml.serving.length_line import runs
@@ -14,6 +16,7 @@ from hornbeam_ml.serving.length_line import runs
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
+    from hornbeam_ml.request import Request
     from hornbeam_ml.serving.calls import Waker
     from hornbeam_ml.serving.config import ServingConfig
     from hornbeam_ml.serving.runner import Runner
@@ -27,10 +30,12 @@ class Terms(NamedTuple):
     Attributes:
         key: Its batch key.
         deadline: When the caller stops waiting, seconds of `time.monotonic`; `inf`: never.
+        request: The HTTP request that the call is made for, if any.
     """
 
     key: Hashable
     deadline: float
+    request: Request | None = None
 
 
 class Admission:
@@ -45,12 +50,18 @@ class Admission:
 
         Raises:
             ValueError: there is no such key.
+            ClientDisconnected: the client of the request has left.
+            DeadlineExceeded: the deadline of the request has passed.
         """
         if timeout_ms is None:
             timeout_ms = self._config.deadline_ms
         deadline = inf if timeout_ms is None else time.monotonic() + timeout_ms / 1000
+        request = current_request()
+        if request is not None:
+            request.check()
+            deadline = min(deadline, request.deadline)
         if key in self._keys:
-            return Terms(key, deadline)
+            return Terms(key, deadline, request)
         if not self._config.batch_keys:
             raise ValueError(f"{self._config.label} has no batch_keys, so no key={key!r}")
         known = ", ".join(repr(name) for name in self._keys)
@@ -66,6 +77,7 @@ class Admission:
             ModelError: the model calls itself.
             Overloaded: the queue is full.
             DeadlineExceeded: it is too late already.
+            ClientDisconnected: the client of the request has left.
             ServingClosed: it was closed.
         """
         if runner.is_own_stream():
@@ -78,7 +90,13 @@ class Admission:
             )
             for index, item in enumerate(items)
         ]
-        runner.queue.admit(call, entries)
+        if terms.request is not None:
+            call.attach(terms.request, functools.partial(runner.queue.disconnect, call))
+        try:
+            runner.queue.admit(call, entries)
+        except BaseException:
+            call.detach()
+            raise
         return call
 
     def batches(

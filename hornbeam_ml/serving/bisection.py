@@ -14,7 +14,7 @@ from hornbeam_ml.serving.failures import is_about_data, presentable
 from hornbeam_ml.serving.model import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hornbeam_ml.serving.calls import Entry
     from hornbeam_ml.serving.model import LoadedModel
@@ -23,15 +23,28 @@ if TYPE_CHECKING:
 
 
 def run_batch(
-    entries: Sequence[Entry], model: LoadedModel, queue: BatchQueue, template: Template
+    entries: Sequence[Entry],
+    model: LoadedModel,
+    queue: BatchQueue,
+    template: Template,
+    progress: Callable[[], object] = int,
 ) -> None:
-    """Run a batch and finish its entries. What it raises itself is a fault of our own code."""
+    """Run a batch and finish its entries. What it raises itself is a fault of our own code.
+
+    Args:
+        entries: What was taken from the queue.
+        model: Runs them.
+        queue: Where their callers wait.
+        template: What items have to be like.
+        progress: Called before each run of the model and after each step of a generator.
+    """
     parts = [entries]
     while parts:
         part = parts.pop()
         if part is not entries:
             part = queue.retry(part)
-        error = _try(part, model, queue, template) if part else None
+        progress()
+        error = _try(part, model, queue, template, progress) if part else None
         if error is not None and len(part) > 1 and is_about_data(error):
             half = len(part) // 2
             parts += [part[half:], part[:half]]
@@ -40,7 +53,11 @@ def run_batch(
 
 
 def _try(
-    part: Sequence[Entry], model: LoadedModel, queue: BatchQueue, template: Template
+    part: Sequence[Entry],
+    model: LoadedModel,
+    queue: BatchQueue,
+    template: Template,
+    progress: Callable[[], object],
 ) -> BaseException | None:
     """Run some entries; return the error, if any, after which none of them is finished."""
     lane = part[0].lane
@@ -53,16 +70,23 @@ def _try(
         return error
     template.learn(lane)
     if isinstance(outcome, Steps):
-        _hand_out(part, outcome, step, queue)
+        _hand_out(part, outcome, step, queue, progress)
     else:
         queue.settle(part, outcome)
     return None
 
 
-def _hand_out(part: Sequence[Entry], steps: Steps, step: Any, queue: BatchQueue) -> None:
+def _hand_out(
+    part: Sequence[Entry],
+    steps: Steps,
+    step: Any,
+    queue: BatchQueue,
+    progress: Callable[[], object],
+) -> None:
     """Hand out step after step. After the first nothing is tried again."""
     try:
         while step is not None and queue.push(part, step):
+            progress()
             step = next(steps, None)
         steps.close()
     except BaseException as error:  # noqa: BLE001 - its callers get it

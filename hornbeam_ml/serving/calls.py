@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from hornbeam_ml.promises import Promise
+    from hornbeam_ml.request import Request
     from hornbeam_ml.serving.template import Lane
 
 
@@ -68,7 +69,7 @@ class Call:
 
     __slots__ = (
         *("__weakref__", "arrived", "deadline", "done", "entries", "error", "left"),
-        *("results", "waker"),
+        *("request", "results", "waker"),
     )
     streams = False
 
@@ -81,6 +82,18 @@ class Call:
         self.left = count
         self.error: BaseException | None = None
         self.done = False
+        self.request: Request | None = None
+
+    def attach(self, request: Request, cancel: Callable[[], None]) -> None:
+        """Have it cancelled when the client of an HTTP request leaves before it is done."""
+        self.request = request
+        request.attach(self, cancel)
+
+    def detach(self) -> None:
+        """Let it be the request's no longer."""
+        request, self.request = self.request, None
+        if request is not None:
+            request.forget(self)
 
     def start(self) -> bool:
         """Note that an item of it runs now; return False when nobody waits for it."""
@@ -102,6 +115,7 @@ class Call:
         """Finish."""
         self.done = True
         self.entries = ()  # they refer to the call: without this only the collector frees both
+        self.detach()
 
     def outcome(self) -> list[Any]:
         """Return the results, or raise the error; the call is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard
 
 from hornbeam_ml.devices import check_device
 from hornbeam_ml.serving.batch import bucket_for, signature
@@ -12,6 +12,8 @@ from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
+
+_STUCK_AFTER_S: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,14 @@ class ServingConfig:
     def label(self) -> str:
         """What errors call the serving."""
         return f"serving {self.name!r}" if self.name else "serving"
+
+    @property
+    def stuck_after_s(self) -> float:
+        """How long a batch may run, or a generator may take for a step, before it counts as hung.
+
+        That is the deadline, after which it is of no use to its callers; a minute without one.
+        """
+        return _STUCK_AFTER_S if self.deadline_ms is None else self.deadline_ms / 1000
 
     @property
     def keys(self) -> tuple[Hashable, ...]:

@@ -10,8 +10,9 @@ import threading
 import time
 from collections import Counter, deque
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from hornbeam_ml.errors import ClientDisconnected
 from hornbeam_ml.serving.calls import Call, Entry, PromiseWaker, StreamingCall, wake
 from hornbeam_ml.serving.failures import copies
 from hornbeam_ml.serving.policy import Policy
@@ -21,6 +22,10 @@ from hornbeam_state.errors import DeadlineExceeded, Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from hornbeam_state.errors import HornbeamError
+
+_LONGEST_RETRY_S: Final = 60.0
 
 
 class BatchQueue:
@@ -73,6 +78,7 @@ class BatchQueue:
         Raises:
             Overloaded: there is no room at all.
             DeadlineExceeded: it is too late already.
+            ClientDisconnected: nobody waits for it any more.
             ServingClosed: as `close` was told.
         """
         if self._closed is not None:
@@ -80,13 +86,15 @@ class BatchQueue:
         with self._lock:
             now = self.clock()
             if self._closed is not None:
-                raise self._closed
+                raise copies(self._closed, 2)[1]
+            if call.error is not None:  # `disconnect` was quicker
+                raise call.error
             if call.deadline <= now:
                 self.tally.expired += 1
                 raise self._too_late()
             if len(self._policy) >= self._limit:
                 self.tally.refused += 1
-                raise Overloaded(f"{self.name}: {self._limit} items wait already")
+                raise self._overloaded()
             call.entries = entries
             self._unfinished.add(call)
             self._policy.arrange(entries)
@@ -103,7 +111,12 @@ class BatchQueue:
         """Finish a call that nobody waits for any more: what has not started never runs."""
         self._leave(call, None)
 
-    def _leave(self, call: Call, error: DeadlineExceeded | None) -> None:
+    def disconnect(self, call: Call) -> None:
+        """Finish a call whose HTTP client left: what has not started never runs."""
+        left = ClientDisconnected(f"{self.name}: the client left before there was a result")
+        self._leave(call, left)
+
+    def _leave(self, call: Call, error: HornbeamError | None) -> None:
         with self._lock:
             if call.done:
                 return
@@ -153,7 +166,7 @@ class BatchQueue:
             else:
                 self._takers.note_awake(taker)
             batch, late = self._cut(now)
-            taker.batch, taker.since = batch, now
+            taker.batch, taker.since, taker.progress = batch, now, now
             other, over = None, self._is_over()
             if batch:
                 taker.alone = not len(self._policy) and self._takers.is_only_busy(taker)
@@ -271,6 +284,15 @@ class BatchQueue:
             if isinstance(call.waker, PromiseWaker):
                 call.waker.promise.fail_after_fork(error)
 
+    def note_progress(self, taker: Taker) -> None:
+        """Note that a batch goes on."""
+        taker.progress = self.clock()
+
+    def any_stuck(self, limit_s: float) -> bool:
+        """Return whether there is a batch in which nothing has happened for so long."""
+        with self._lock:
+            return self._takers.any_stuck(self.clock(), limit_s)
+
     def stats(self, *, name: str | None, ready: bool) -> ServingStats:
         """Return the figures of this moment."""
         with self._lock:
@@ -341,10 +363,10 @@ class BatchQueue:
             self._end(call, error)
 
     def _count_as_left(self, error: BaseException | None) -> None:
-        if error is None:
-            self.tally.cancelled += 1
-        else:
+        if isinstance(error, DeadlineExceeded):
             self.tally.expired += 1
+        else:
+            self.tally.cancelled += 1
 
     def _refill(self, now: float) -> Taker | None:
         """Let in what there is room for; return a taker to wake for it."""
@@ -361,6 +383,12 @@ class BatchQueue:
     def _is_over(self) -> bool:
         ended = self._closed is not None or self._dropped
         return ended and not len(self._policy)
+
+    def _overloaded(self) -> Overloaded:
+        error = Overloaded(f"{self.name}: {self._limit} items wait already")
+        wait_s = self.tally.time_for(self._limit) / max(1, len(self._takers))
+        error.retry_after_s = min(max(1.0, wait_s), _LONGEST_RETRY_S)
+        return error
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self.name}: the deadline passed before there was a result")

@@ -72,15 +72,21 @@ class Runner:
         self._faults = 0
         self._set_up = 0  # seats whose streams take batches
         self._ending = False
+        self._began = 0.0
         _runners.add(self)
 
     def start(self) -> None:
         """Begin to load, on a stream's thread, one instance after the other."""
+        self._began = time.monotonic()
         self._load_next()
 
     @property
     def ready(self) -> bool:
-        """Whether everything is loaded, and all streams take batches."""
+        """Whether everything is loaded, all streams take batches, and none of these hangs."""
+        return self._all_set_up and not self.queue.any_stuck(self._config.stuck_after_s)
+
+    @property
+    def _all_set_up(self) -> bool:
         wanted = len(self._config.devices) * self._config.streams
         return not self._ending and self._set_up == wanted
 
@@ -212,11 +218,15 @@ class Runner:
         with self._lock:
             self._set_up += 1
             seat.serves = True
-        if self.ready:
+        if self._all_set_up:
+            if not self.loaded.done():
+                took = time.monotonic() - self._began
+                logger.info("%s loaded in %.1f s", self._config.label, took)
             self._set_loaded(None)
+        progress = functools.partial(self.queue.note_progress, seat.taker)
         while entries := self.queue.take(seat.taker):
             self._limit_threads(seat, alone=seat.taker.alone)
-            run_batch(entries, seat.model, self.queue, self.template)
+            run_batch(entries, seat.model, self.queue, self.template, progress)
             self._faults = 0
             del entries
         seat.finished = True

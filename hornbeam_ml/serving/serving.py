@@ -66,9 +66,9 @@ class Serving:
         instances: How many times to load.
         device: ``"auto"``, ``"cpu"``, ``"cuda:1"``, or a list with one for each instance.
         compile: ``"torch"`` compiles the function for each bucket while it loads.
-        warmup: An example item. It is run through all buckets and keys before the serving is
-            ready, and with ``"stack"`` items have to match it in shape and dtype. Without it they
-            have to match the first item whose batch succeeded.
+        warmup: An example item, as `preprocess` returns it. It is run through all buckets and
+            keys before the serving is ready, and with ``"stack"`` items have to match it in shape
+            and dtype. Without it they have to match the first item whose batch succeeded.
         queue_limit: The most items that wait.
         deadline_ms: The `timeout_ms` of calls that give none; None: they wait as long as it takes.
         length: For ``"list"``: returns how many tokens a preprocessed item has, at least 1; called
@@ -151,12 +151,13 @@ class Serving:
             item: What the model takes.
             key: One of `batch_keys`, when there are any.
             timeout_ms: When to stop waiting. An item whose batch has not started by then is
-                never run.
+                never run. In a worker the deadline of the HTTP request counts if it is earlier.
 
         Raises:
             ValueError: the item is not like those the model takes, or there is no such key.
             Overloaded: the queue is full.
             DeadlineExceeded: the deadline passed.
+            ClientDisconnected: the client of the HTTP request left.
             ModelError: the model failed to load, or broke its contract.
             ServingClosed: it was closed.
             Exception: what the model raised about this item, or about the whole batch when no
@@ -269,6 +270,8 @@ class Serving:
         """
         key = self._admission.terms(key).key
         prepared = self._processing.prepare(items)
+        if self._closed is not None:
+            raise ServingClosed(str(self._closed))
         runner = self._running()
         self.start()
         results: list[Any] = [None] * len(prepared)
@@ -327,7 +330,11 @@ class Serving:
 
     @property
     def ready(self) -> bool:
-        """Whether it is loaded, warm, and all of its streams take batches."""
+        """Whether it is loaded, warm, all of its streams take batches, and none of these hangs.
+
+        A batch hangs when it has run for longer than `deadline_ms`, or 60 s without one; of a
+        generator, when a step has. The serving is ready again when the batch ends.
+        """
         runner = self._runner
         return runner is not None and runner.ready
 

@@ -24,7 +24,7 @@ class ServingStats:
 
     Attributes:
         name: Its name, or None.
-        ready: Whether it is loaded, warm, and all of its streams run.
+        ready: Whether it is loaded, warm, and all of its streams run; see `Serving.ready`.
         queued: Items that wait now; never more than the queue limit.
         running: Items in batches that run now.
         batches: Batches started; warm-up and `run_inline` do not count.
@@ -41,7 +41,7 @@ class ServingStats:
         failed: Calls that ended with an error of the model.
         refused: Calls that found the queue full.
         expired: Calls whose deadline passed.
-        cancelled: Calls whose caller went away.
+        cancelled: Calls whose caller, or the client of whose request, went away.
         keys: The figures by batch key; with no keys declared the one key is None.
     """
 
@@ -111,6 +111,10 @@ class Tally:
         counts = self.by_key.setdefault(key, [0, 0])
         counts[0] += 1
         counts[1] += len(arrivals)
+
+    def time_for(self, items: int) -> float:
+        """Return the seconds that a stream has needed for so many items; 0.0 at the beginning."""
+        return items * _ratio(self.busy_s, self.items)
 
     def stats(
         self,

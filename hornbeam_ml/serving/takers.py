@@ -22,6 +22,7 @@ class Taker:
     Attributes:
         batch: The entries it works on.
         since: When it took them.
+        progress: When it last began to run some of them, or handed out a chunk.
         alone: Whether no other batch ran at that moment, and nothing else waited.
         until: While it waits for a batch: when it wakes by itself.
     """
@@ -29,6 +30,7 @@ class Taker:
     def __init__(self) -> None:
         self.batch: Sequence[Entry] = ()
         self.since = 0.0
+        self.progress = 0.0
         self.alone = False
         self.until = inf
         self._gate = threading.Lock()
@@ -99,6 +101,10 @@ class Takers:
     def is_only_busy(self, taker: Taker) -> bool:
         """Return whether no other one has a batch."""
         return all(other is taker or not other.batch for other in self._all)
+
+    def any_stuck(self, now: float, limit_s: float) -> bool:
+        """Return whether one has a batch in which nothing has happened for so long."""
+        return any(taker.batch and now - taker.progress > limit_s for taker in self._all)
 
     def running(self) -> list[Entry]:
         """Return the entries in all batches that run."""

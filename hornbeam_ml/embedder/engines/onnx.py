@@ -41,6 +41,7 @@ class OnnxEngine(TokenEngine):
         self._path = path
         self._sessions: dict[int, Any] = {}
         self._lock = threading.Lock()
+        self._session(threads.current_limit())  # a damaged file shows now
 
     def _vectors(self, arrays: Sequence[Any]) -> Any:
         session = self._session(threads.current_limit())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml import threads
 from hornbeam_ml.embedder.engines.tokens import TokenEngine
+from hornbeam_ml.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +19,20 @@ if TYPE_CHECKING:
     from hornbeam_ml.embedder.tokens import TextTokenizer
 
 _HINTS: Final = {"fp32": "f32", "bf16": "bf16"}
+_compiled_by: set[int] = set()  # process ids: this one, and those of which it is a fork
+
+
+def check_process() -> None:
+    """Raise if OpenVINO would wait for threads that only a parent of this process has.
+
+    Raises:
+        ModelError: it compiled a model before the fork.
+    """
+    if _compiled_by - {os.getpid()}:
+        raise ModelError(
+            "OpenVINO was used before this process was forked, after which it hangs: encode no "
+            "text before the fork (gunicorn --preload), or choose another backend"
+        )
 
 
 class OpenVinoEngine(TokenEngine):
@@ -63,6 +79,7 @@ class OpenVinoEngine(TokenEngine):
 
     def _compile(self, share: int) -> Any:
         with self._lock:
+            _compiled_by.add(os.getpid())
             compiled = self._compiled.get(share)
             if compiled is None:
                 cores = threads.process_share(1)
