@@ -34,11 +34,6 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc,valid-type] # chosen wh
         """Note that the client left, or that the connection was closed after its last response."""
         self.entry.leave()
         super().connection_lost(exc)
-        # uvicorn tells the last request that was read; with pipelining an earlier one runs.
-        running = getattr(self.entry.receive, "__self__", None)
-        if running not in (None, self.cycle) and not running.response_complete:
-            running.disconnected = True
-            running.message_event.set()
 
     def _has_room(self) -> bool:
         """Return whether to read on although uvicorn paused.
