@@ -20,18 +20,13 @@ _MOST_CAUSES: Final = 20
 
 
 class AsgiEntry:
-    """Runs the ASGI app for the requests of one connection, which come one after the other.
+    """Runs the ASGI app for the requests of one connection, which come one after the other."""
 
-    Attributes:
-        receive: That of the last request.
-    """
-
-    __slots__ = ("_app", "_request", "receive")
+    __slots__ = ("_app", "_request")
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self._request: Request | None = None
-        self.receive: Any = None
 
     def leave(self) -> None:
         """Note that the connection is lost."""
@@ -53,7 +48,7 @@ class AsgiEntry:
             await asgi_errors.send_problem(bad_request(str(error)), send)
             return
         request.upstream, request.started = send, False
-        self._request, self.receive = request, receive
+        self._request = request
         set_current_request(request)  # of this task alone
         try:
             await self._app(scope, receive, request.send)

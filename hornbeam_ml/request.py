@@ -89,8 +89,9 @@ class Request:
 
     def end(self) -> None:
         """Note that the response is complete."""
-        self.over = True
-        self._waiting.clear()
+        if not self.over:
+            self.over = True
+            self._waiting.clear()
 
 
 _current: ContextVar[Request | None] = ContextVar("hornbeam_request", default=None)

@@ -33,8 +33,8 @@ def install_error_handlers(app: App) -> App:
     too), the status 503 or 504, or HTTP errors in general. An error after the response has started
     is raised as ever.
 
-    Call it when everything is mounted, before the app serves; a second call does nothing. Under
-    ``gunicorn -k hornbeam`` there is no need to.
+    Call it when everything is mounted and all middleware is added, before the app serves; a second
+    call does nothing. Under ``gunicorn -k hornbeam`` there is no need to.
 
     Args:
         app: FastAPI, Starlette, Flask, or any ASGI or WSGI callable. Apps of these frameworks are

@@ -32,8 +32,9 @@ def install(app: Any) -> None:
     # middleware: CORS headers are added to what it sends. The outer one is for errors that
     # middleware raises.
     layer = Middleware(StarletteErrors, owner=app)
+    if app.user_middleware:
+        app.user_middleware.insert(0, layer)
     app.user_middleware.append(layer)
-    app.user_middleware.insert(0, layer)
 
 
 class StarletteErrors:

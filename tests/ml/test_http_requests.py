@@ -264,7 +264,7 @@ def test_a_call_that_is_refused_is_forgotten(held):
         assert not request._waiting
 
 
-def test_a_client_that_leaves_while_the_call_is_admitted():
+def test_a_client_that_leaves_while_the_call_is_admitted(held):
     """The request says so after the check of the call and before it is in the queue."""
 
     class Leaving(Request):
@@ -272,13 +272,15 @@ def test_a_client_that_leaves_while_the_call_is_admitted():
             self.leave()
             super().attach(work, cancel)
 
-    ran = []
-    with Serving(lambda: lambda batch: ran.extend(batch) or batch) as serving:
-        serving.start()
+    with Serving(lambda: held) as serving:
+        first = in_thread(serving.run, 1)
+        held.started(1)
         with pytest.raises(ClientDisconnected):
-            working_for(Leaving(), serving.run, 1)
-        assert serving.run(2) == 2
-        assert ran == [2]
+            working_for(Leaving(), serving.run, 2)
+        assert serving.stats().queued == 0
+        held.open()
+        assert first.result(LIMIT_S) == 2
+        assert held.seen == [1]
 
 
 def test_after_the_response_nothing_binds():
