@@ -1,5 +1,6 @@
 """The plain app with hornbeam in it: one line makes the embedder, one awaits it."""
 
+import dataclasses
 import os
 import time
 
@@ -53,5 +54,6 @@ def direct(request: Texts) -> list[float]:
 
 
 @app.get("/about")
-async def about() -> dict[str, str]:
-    return {"backend": embedder.backend, "precision": embedder.precision}
+async def about() -> dict[str, object]:
+    engine = {"backend": embedder.backend, "precision": embedder.precision}
+    return {**engine, **dataclasses.asdict(embedder.stats())}
