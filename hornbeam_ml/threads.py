@@ -130,12 +130,12 @@ def limit_this_thread(count: int) -> None:
     if count == _here.count and (torch is None or _here.most_of_torch):
         return
     with _limiting:
-        if torch is not None:
-            _limit_torch(torch, count)
-        if _here.openmp is None:
+        if _here.openmp is None:  # before torch is told, which tells its OpenMP
             libraries = ThreadpoolController().lib_controllers
             openmp = [one for one in libraries if one.internal_api == "openmp"]
             _here.openmp = [(one, one.num_threads or 0) for one in openmp]
+        if torch is not None:
+            _limit_torch(torch, count)
         for library, most in _here.openmp:
             library.set_num_threads(min(count, most) or count)
     _here.count = count

@@ -104,6 +104,7 @@ class Embedder:
             length=self._model.length,
             batch_size=batch_size,
             max_batch_tokens=max_batch_tokens,
+            pads=self._model.pads,
             streams=streams,
             device=device,
             queue_limit=queue_limit,

@@ -147,6 +147,10 @@ class TextModel:
         engine = self.engine
         return Item(engine.prepare(text), engine.normalizes)
 
+    def pads(self) -> bool:
+        """Return whether the engine pads the texts of a batch to the longest."""
+        return self._engine is None or self._engine.pads
+
     def length(self, item: Item) -> int:
         """Return the tokens of an item."""
         return self.engine.length(item.prepared)

@@ -42,6 +42,7 @@ class ServingConfig:
     deadline_ms: float | None
     length: Callable[[Any], int] | None
     max_batch_tokens: int | None
+    pads: Callable[[], bool]
     fingerprint: str | None
 
     def __post_init__(self) -> None:
@@ -121,6 +122,8 @@ class ServingConfig:
             isinstance(self.fingerprint, str) and self.fingerprint
         ):
             raise ConfigError(f"fingerprint={self.fingerprint!r}: give a non-empty str, or None")
+        if not callable(self.pads):
+            raise ConfigError("pads is a function that returns whether the model pads")
         for name in ("preprocess", "postprocess", "length"):
             value = getattr(self, name)
             if value is not None and not callable(value):

@@ -37,6 +37,7 @@ class BatchQueue:
         timer_s: How long the first item of a lane waits for others.
         limit: The most items that wait.
         max_tokens: The most tokens in a batch of items of similar length; see `Policy`.
+        pads: Whether the model pads the items of a batch to the longest: asked for each batch.
         rows_for: From the number of items in a batch to the rows it is padded to.
         clock: Seconds.
     """
@@ -49,6 +50,7 @@ class BatchQueue:
         timer_s: float = 0.0,
         limit: int = 1024,
         max_tokens: float | None = None,
+        pads: Callable[[], bool] = lambda: True,
         rows_for: Callable[[int], int] = int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,6 +59,7 @@ class BatchQueue:
         self.name = name
         self._batch_size = batch_size
         self._limit = limit
+        self._pads = pads
         self._rows_for = rows_for
         self._lock = threading.Lock()
         self._max_tokens = inf if max_tokens is None else max_tokens
@@ -320,7 +323,8 @@ class BatchQueue:
     def _cut(self, now: float) -> tuple[list[Entry], list[Call]]:
         gone: list[Call] = []
         while True:
-            cut = self._policy.cut(now, streams=len(self._takers))
+            # Where length makes no difference, a stream takes what there is.
+            cut = self._policy.cut(now, streams=len(self._takers) if self._pads() else 1)
             late = _unfinished(cut.late)
             self._expire(late)
             gone += late
@@ -336,7 +340,8 @@ class BatchQueue:
         lengths = [entry.length for entry in batch]
         longest = max(lengths)
         room = max(1, min(self._batch_size, self._max_tokens / longest))
-        return Extent(int(room), sum(lengths), self._rows_for(len(batch)) * longest)
+        padded = self._rows_for(len(batch)) * longest if self._pads() else sum(lengths)
+        return Extent(int(room), sum(lengths), padded)
 
     def _start(self, entry: Entry) -> bool:
         """Return whether to run an entry: somebody waits for it."""

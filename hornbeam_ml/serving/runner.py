@@ -60,6 +60,7 @@ class Runner:
             timer_s=config.batch_timeout_ms / 1000,
             limit=config.queue_limit,
             max_tokens=config.max_tokens,
+            pads=config.pads,
             rows_for=config.rows_for,
         )
         self.failed = False

@@ -77,6 +77,8 @@ class Serving:
             next batch, and with several streams each takes its share of what waits.
         max_batch_tokens: With `length`: the most tokens in a batch, counting every item with the
             length of the longest. An item of more goes alone. None: as many as there are.
+        pads: With `length`: returns, once it is loaded, whether the model pads the items of a batch
+            to the longest. When it does not, streams do not share out what waits.
         fingerprint: Says what the model is, such as a digest of its weights: equal exactly for
             models that compute the same. With it `cached_inference` of a method of the serving is
             shared with other processes; without, results are cached within this one.
@@ -111,6 +113,7 @@ class Serving:
         deadline_ms: float | None = None,
         length: Callable[[Any], int] | None = None,
         max_batch_tokens: int | None = None,
+        pads: Callable[[], bool] = lambda: True,
         fingerprint: str | None = None,
     ) -> None:
         self._config = ServingConfig(
@@ -132,6 +135,7 @@ class Serving:
             deadline_ms=deadline_ms,
             length=length,
             max_batch_tokens=max_batch_tokens,
+            pads=pads,
             fingerprint=fingerprint,
         )
         self._admission = Admission(self._config)

@@ -115,6 +115,7 @@ async def test_starting_has_a_twin_that_does_not_hold_up_the_loop():
         pytest.param({"compile": "torch"}, "warmup", id="nothing to compile with"),
         pytest.param({"name": ""}, "name", id="empty name"),
         pytest.param({"preprocess": 1}, "preprocess", id="no function"),
+        pytest.param({"pads": False}, "pads", id="no function that says whether it pads"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from math import inf
 
 import pytest
 from serving_helpers import LIMIT_S, Held, answers, queued
@@ -94,6 +95,23 @@ def test_statistics_count_tokens_and_the_room_that_the_budget_leaves(upper):
     assert stats.padding == pytest.approx(1 / 8)
 
 
+@pytest.mark.parametrize(
+    ("pads", "sizes", "padding"),
+    [
+        pytest.param(True, [2, 1], 1 / 9, id="similar ones, and a part of what is left"),
+        pytest.param(False, [4], 0.0, id="all that wait for the first"),
+    ],
+)
+def test_streams_share_out_what_waits_where_padding_costs(pads, sizes, padding):
+    queue = BatchQueue("serving", batch_size=8, max_tokens=inf, pads=lambda: pads)
+    takers = [queue.add_taker() for _ in range(2)]
+    for length in (1, 5, 2, 5):
+        make_call(queue, length)
+    taken = [queue.look(taker)[0] for taker in takers]
+    assert [len(batch) for batch in taken if batch] == sizes
+    assert queue.stats(name=None, ready=True).padding == pytest.approx(padding)
+
+
 def test_without_lengths_rows_are_counted():
     with Serving(lambda: lambda rows: rows, collate="stack", buckets=[4], batch_size=4) as serving:
         serving.run_batch([1.0, 2.0, 3.0])
@@ -116,13 +134,13 @@ def test_a_batch_is_alone_when_nothing_else_runs_or_waits():
     assert [queue.look(first)[0], first.alone] == [[last], True]
 
 
-def make_call(queue):
+def make_call(queue, length=1):
     """Let a call of one item wait; return its entry."""
     from hornbeam_ml.serving.calls import Call, Entry, ThreadWaker
     from hornbeam_ml.serving.template import Lane
 
     call = Call(1, queue.clock(), float("inf"), ThreadWaker())
-    entry = Entry(call, 0, "item", Lane(None, None, False))
+    entry = Entry(call, 0, "item", Lane(None, None, False), length)
     queue.admit(call, [entry])
     return entry
 

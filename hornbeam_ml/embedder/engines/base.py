@@ -32,6 +32,11 @@ class Engine(Protocol):
         """Whether the model's own last step makes vectors of length 1; it is not done by `run`."""
         ...
 
+    @property
+    def pads(self) -> bool:
+        """Whether the texts of a batch are padded to the longest."""
+        ...
+
     def prepare(self, text: str) -> Any:
         """Return what `run` takes of a text; called in the caller's thread."""
         ...

@@ -25,6 +25,7 @@ class TokenEngine:
         self._tokenizer = tokenizer
         self._settings = settings
         self._names = PACKED if settings.packs else PADDED
+        self.pads = not settings.packs
         self.normalizes = settings.normalize
 
     def prepare(self, text: str) -> list[int]:

@@ -29,6 +29,7 @@ class WholeEngine:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.normalizes = checkpoint.normalize
+        self.pads = True
         self._lock = threading.Lock()  # its tokenizer is not for several threads at a time
 
     def prepare(self, text: str) -> str:
