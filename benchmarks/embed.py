@@ -34,10 +34,10 @@ from embedding import (
     tuning,
 )
 from embedding.comparison import Comparison, ratios
-from embedding.contenders import Contender
 from embedding.servers import Bench
 
 if TYPE_CHECKING:
+    from embedding.contenders import Contender
     import argparse
 
 MODES = {

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-
 from embedding.load import MODEL, texts
-from embedding.servers import Server
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embedding.servers import Server
 
 SAMPLE = 96
 SEED = 20_000_000  # of no load
@@ -23,9 +25,7 @@ def reference(folder: Path) -> np.ndarray:
     """Return what the sample's vectors are, computed in a process that then ends."""
     target = folder / "reference.npy"
     command = [sys.executable, "-m", "embedding.accuracy", str(target)]
-    subprocess.run(
-        command, cwd=BENCHMARKS, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True
-    )
+    subprocess.run(command, cwd=BENCHMARKS, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
     return np.load(target)
 
 

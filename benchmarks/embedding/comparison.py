@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from common import busy_seconds, note, rotated, summary
 from embedding import accuracy, processes
-from embedding.contenders import Contender, Settings
 from embedding.load import post_texts
 from embedding.servers import Bench, Failed, Server, running
 
 if TYPE_CHECKING:
+    from embedding.contenders import Contender, Settings
     import argparse
     from collections.abc import Iterator
     from pathlib import Path

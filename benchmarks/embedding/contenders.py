@@ -6,12 +6,11 @@ the same two cores: one process that computes on two threads, or two that comput
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedding.load import MODEL, Body
+from embedding.load import Body
 
 ROOT = Path(__file__).resolve().parents[2]
 APPS = Path(__file__).parent / "apps"
@@ -86,7 +85,12 @@ def infinity(name: str, loader: str, model: str, **rest: Any) -> Contender:
 
 
 def hornbeam(
-    name: str, *, app: str = "hornbeam", engine: str = "", backend: str = "", precision: str = "auto"
+    name: str,
+    *,
+    app: str = "hornbeam",
+    engine: str = "",
+    backend: str = "",
+    precision: str = "auto",
 ) -> Contender:
     return Contender(
         name=f"hornbeam-{name}",

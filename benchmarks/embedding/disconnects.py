@@ -75,7 +75,9 @@ async def client(
         patience = draw.uniform(0, usual(seen)) if draw.random() < 0.5 else 60.0
         done, _ = await asyncio.wait([answer], timeout=patience)
         if not done:
-            leave = connection.transport.abort if draw.random() < 0.5 else connection.transport.close
+            leave = (
+                connection.transport.abort if draw.random() < 0.5 else connection.transport.close
+            )
             leave()
             seen.left[number] = time.monotonic()
         elif answer.result().status == 200:

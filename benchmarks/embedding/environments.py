@@ -11,8 +11,11 @@ import venv
 from pathlib import Path
 
 from common import note
-from embedding.contenders import Contender
 from embedding.load import MODEL
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embedding.contenders import Contender
 
 
 def default_folder() -> Path:

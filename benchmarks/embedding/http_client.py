@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
             status = int(headers[9:12])
             self._finish(Answer(status, bytes(body), b"\r\nretry-after:" in headers))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self._finish(Answer(0))
 
     def _finish(self, answer: Answer) -> None:

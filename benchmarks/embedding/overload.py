@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from common import note
 from embedding import open_loop, processes
 from embedding.comparison import Seeds, wait_until_idle

@@ -90,6 +90,6 @@ def _resident_kib(pid: int) -> int:
 
 def _entries(directory: str) -> list[str]:
     try:
-        return os.listdir(directory)
+        return [path.name for path in Path(directory).iterdir()]
     except OSError:
         return []

@@ -37,7 +37,9 @@ def run(
 def combinations(contender: Contender) -> list[Settings]:
     """Return all settings that are tried; those not named keep what was chosen."""
     values = itertools.product(*contender.tried.values())
-    return [{**contender.chosen, **dict(zip(contender.tried, each, strict=True))} for each in values]
+    return [
+        {**contender.chosen, **dict(zip(contender.tried, each, strict=True))} for each in values
+    ]
 
 
 def label(contender: Contender, settings: Settings) -> str:
