@@ -37,8 +37,9 @@ from embedding.comparison import Comparison, ratios
 from embedding.servers import Bench
 
 if TYPE_CHECKING:
-    from embedding.contenders import Contender
     import argparse
+
+    from embedding.contenders import Contender
 
 MODES = {
     "tune": tuning.run,

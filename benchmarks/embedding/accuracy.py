@@ -7,10 +7,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from embedding.load import MODEL, texts
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embedding.servers import Server

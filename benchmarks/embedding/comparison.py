@@ -14,12 +14,12 @@ from embedding.load import post_texts
 from embedding.servers import Bench, Failed, Server, running
 
 if TYPE_CHECKING:
-    from embedding.contenders import Contender, Settings
     import argparse
     from collections.abc import Iterator
     from pathlib import Path
 
     import numpy as np
+    from embedding.contenders import Contender, Settings
 
 WARM_UP_CONNECTIONS = 32
 Turn = dict[str, Any]

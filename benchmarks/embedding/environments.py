@@ -9,10 +9,10 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import note
 from embedding.load import MODEL
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from embedding.contenders import Contender
