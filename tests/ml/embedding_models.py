@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
 from pathlib import Path
@@ -57,6 +58,11 @@ def prepare_here(request):
     """Convert and measure in this process; one of its own takes ten times as long to import."""
     from hornbeam_ml.embedder.prepare import prepare
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # converters warn of their own ends
-        return prepare(request)
+    root = logging.getLogger()
+    level = root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # converters warn of their own ends
+            return prepare(request)
+    finally:
+        root.setLevel(level)  # converters set it

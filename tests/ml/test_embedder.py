@@ -405,11 +405,11 @@ def test_settings_that_make_no_sense_are_refused_at_once(settings):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ModelError, match="no directory"):
-        Embedder(tmp_path / "nowhere").encode("a")
+    with Embedder(tmp_path / "nowhere") as embedder, pytest.raises(ModelError, match="no dir"):
+        embedder.encode("a")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="empty"):
-        Embedder(tmp_path / "empty").encode("a")
+    with Embedder(tmp_path / "empty") as embedder, pytest.raises(ModelError, match="empty"):
+        embedder.encode("a")
 
 
 def test_the_choice_is_made_once(tiny, caplog, own_process):

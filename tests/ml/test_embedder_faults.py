@@ -23,7 +23,6 @@ from hornbeam_ml.embedder import conversion, loading
 from hornbeam_ml.embedder.checkpoint import Checkpoint
 from hornbeam_ml.embedder.directories import directory_of
 from hornbeam_ml.embedder.measurements import Measurement, Report, Request
-from hornbeam_ml.embedder.prepare import prepare
 from hornbeam_ml.embedder.settings import Unsupported
 from hornbeam_ml.embedder.workshop import SETTINGS, Workshop, workshop_for
 from hornbeam_state.errors import ConfigError, DeadlineExceeded
@@ -272,7 +271,7 @@ def test_nothing_is_kept_of_a_model_that_changes_while_it_is_converted(tiny, tmp
     )
     files.directory.mkdir()
     with pytest.raises(ModelError, match="changed"):
-        prepare(request)
+        prepare_here(request)
     assert files.settings() is None
     assert not files.path("openvino/model.xml").exists()
 

@@ -339,7 +339,7 @@ def test_torch_that_is_imported_later_is_limited_then(torch_of_four, monkeypatch
 def test_real_torch_computes_with_the_limit_of_the_thread():
     """Also in a thread that never computed before, and after many switches."""
     torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
+    here, before = torch.get_num_threads(), in_thread(torch.get_num_threads)
 
     def steps():
         seen = []
@@ -350,4 +350,4 @@ def test_real_torch_computes_with_the_limit_of_the_thread():
         return seen
 
     assert in_thread(steps) == [1, before, 1]
-    assert in_thread(torch.get_num_threads) == torch.get_num_threads() == before
+    assert (torch.get_num_threads(), in_thread(torch.get_num_threads)) == (here, before)

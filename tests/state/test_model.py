@@ -341,7 +341,7 @@ def run(machine, *, examples, steps) -> None:
 @pytest.mark.parametrize("space", ["app", "cache"])
 def test_an_embedded_store_does_as_a_dict(space):
     """In a key space that never evicts, and in one that has room enough."""
-    run(partial(EmbeddedMachine, space), examples=60, steps=50)
+    run(partial(EmbeddedMachine, space), examples=25, steps=40)
 
 
 def test_a_server_does_as_a_dict(valkey):

@@ -84,6 +84,7 @@ def test_increments_of_separate_programs_all_count(url):
     store.close()
 
 
+@pytest.mark.slow
 def test_killed_writers_tear_nothing(store, url):
     """`kill -9` in the middle of writes, 15 rounds: whole values, exact counts, nobody waits."""
     numbers = random.Random(1)
@@ -170,6 +171,7 @@ def test_a_reader_sees_whole_values_of_another_process(store, url):
     assert result["seen"] > 20
 
 
+@pytest.mark.slow
 def test_short_lived_processes_leave_no_reader_slots(store, url):
     """A hundred in a row, ended in every way, half of them killed in the middle of a read."""
 

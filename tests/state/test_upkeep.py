@@ -108,6 +108,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_another_process_takes_over_when_the_elected_one_is_killed(make, tmp_path):
     """The duty does not die with the process that had it."""
     process = subprocess.Popen(
