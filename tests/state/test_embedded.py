@@ -819,7 +819,8 @@ def test_a_cache_stays_within_its_bound(place, opened, size):
     for number in range(written):
         value = present.get(f"{number * 7919 % written:08}/key")
         assert value is None or value == number.to_bytes(4, "big") * (size // 4)
-    assert len(present) * size > bound * 0.2, "most of the cache lies idle"
+    # Eviction runs ahead, and a small entry takes twice its value's size: keys, times, pages.
+    assert len(present) * size > bound * 0.15, "most of the cache lies idle"
     assert usage(cache).entries == len(present)
     assert usage(cache).entries + usage(cache).evictions == written
     assert store.get("state") == "is not evicted"
