@@ -40,7 +40,7 @@ def run(
 ) -> dict[str, Any]:
     """Return how many items ran whose client had left before their batch began."""
     serving = next(each for each in ALL if each.app == "hornbeam_serving")
-    contender = dataclasses.replace(serving, name="disconnects", app="disconnects")
+    contender = dataclasses.replace(serving, name="disconnects", app="hornbeam_disconnects")
     note("disconnects")
     try:
         with running(bench, contender) as server:
