@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -440,3 +441,30 @@ async def test_a_stopped_writer_does_not_hold_up_the_event_loop(stopped_writer):
         await backend.keyspace("app").aincr(b"n", 1)
     watching.cancel()
     assert longest < 0.3  # 50 ms on a machine that is not busy with other tests
+
+
+def test_threads_may_fork_at_the_same_time(make):
+    """Telemetry of a library does, for one; none of them waits for ever."""
+    backend = make()
+    backend.opened()
+    upkeep = backend.upkeep
+    upkeep.hold()
+
+    def fork():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+    threads = [threading.Thread(target=fork, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)  # they wait for the upkeep
+    upkeep.go_on()
+    threads.append(threading.Thread(target=fork, daemon=True))
+    threads[-1].start()
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)

@@ -288,6 +288,7 @@ _backends: weakref.WeakSet[EmbeddedBackend] = weakref.WeakSet()  # to be told of
 
 def _hold_before_fork() -> None:
     # A thread in the middle of a transaction would, in the child, keep its environment for ever.
+    _forking.acquire()  # threads may fork at the same time
     _held.extend(backend.upkeep for backend in _backends if backend.upkeep is not None)
     for upkeep in _held:
         upkeep.hold()
@@ -296,15 +297,18 @@ def _hold_before_fork() -> None:
 def _go_on_after_fork() -> None:
     while _held:
         _held.pop().go_on()
+    _forking.release()
 
 
 def _forget_after_fork() -> None:
     _held.clear()
+    _forking.release()
     for backend in list(_backends):
         backend.forget_after_fork()
 
 
-_held: list[Upkeep] = []  # between the start of a fork and its end
+_forking = threading.Lock()  # held from the start of a fork to its end
+_held: list[Upkeep] = []  # meanwhile
 os.register_at_fork(
     before=_hold_before_fork,
     after_in_parent=_go_on_after_fork,
