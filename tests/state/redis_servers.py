@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import socket
@@ -112,13 +113,22 @@ class Server:
 
 
 class Cluster:
-    """Primaries that share the slots, and replicas of them, without any tool beside the server."""
+    """Primaries that share the slots, and replicas of them, without any tool beside the server.
+
+    Once it is complete, nodes take another for dead after `node_timeout_ms`.
+    """
 
     def __init__(
-        self, binary: str | Path, *options: str, primaries: int = 3, replicas: int = 0
+        self,
+        binary: str | Path,
+        *options: str,
+        primaries: int = 3,
+        replicas: int = 0,
+        node_timeout_ms: int = 1000,
     ) -> None:
+        self._node_timeout_ms = node_timeout_ms
         options = (
-            *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),  # talk often at first
             *("--repl-diskless-sync-delay", "0", *options),
         )
         self.nodes = [
@@ -140,6 +150,8 @@ class Cluster:
             self._share_slots()
             self._meet()
             self._replicate()
+            for node in self.nodes:
+                node.ask("CONFIG", "SET", "cluster-node-timeout", self._node_timeout_ms)
         except BaseException:
             self.close()
             raise
@@ -310,12 +322,14 @@ class FakeServer:
     def __init__(self, reply) -> None:
         self.requests: list[bytes] = []
         self._connections = 0
+        self._handlers: dict[threading.Thread, socket.socket] = {}
         fake = self
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self):
                 fake._connections += 1
                 number = fake._connections
+                fake._handlers[threading.current_thread()] = self.request
                 while data := self.request.recv(65536):
                     fake.requests.append(data)
                     answer = reply(number, data)
@@ -334,9 +348,13 @@ class FakeServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        for thread, connection in self._handlers.items():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
 
 
-def wait_until(condition, what: str, timeout: float = 10.0) -> None:
+def wait_until(condition, what: str, timeout: float = 20.0) -> None:
     """Poll until the condition holds; fail the test when it does not."""
     deadline = time.monotonic() + timeout
     while not condition():

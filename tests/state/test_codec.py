@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hornbeam_state import arrays, packing
-from hornbeam_state.codec import canonical, decode, encode, register_codec
+from hornbeam_state.codec import canonical, decode, encode, encode_parts, register_codec
 from hornbeam_state.errors import CodecError
 
 quick = settings(max_examples=150, deadline=None)
@@ -403,6 +403,17 @@ class TestRoundTrip:
         back = decode(data)
         assert len(encode(back)) == len(data)
         assert canonical(back) == canonical(value)
+
+    @quick
+    @given(values)
+    def test_the_parts_of_a_value_make_its_bytes(self, value):
+        assert b"".join(encode_parts(value)) == encode(value)
+
+    @pytest.mark.parametrize("array", [np.ones((9, 9)), np.ones((9, 9), order="F"), np.ones(0)])
+    def test_the_last_part_of_an_array_is_its_own_memory(self, array):
+        header, elements = encode_parts(array)
+        assert header + bytes(elements) == encode(array)
+        assert np.shares_memory(np.frombuffer(elements), array) or not array.size
 
     @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: [v], lambda v: (v,)])
     @pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8", "<c8", ">c16"])

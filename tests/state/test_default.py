@@ -315,8 +315,9 @@ def test_set_default_store_swaps_and_hands_back(directory):
     mine.close()
 
 
-def test_threads_that_are_first_together_get_one_store():
+def test_threads_that_are_first_together_get_one_store(directory, monkeypatch):
     """Nobody is left with a store of their own."""
+    monkeypatch.setenv("HORNBEAM_STORE", f"lmdb://{directory}/store?timeout=20")
     start = threading.Barrier(16)
     found = []
 

@@ -57,7 +57,7 @@ class TestElsewhere(LockContract):
         state.incr(b"n", 0)
         children.extend(in_child(work) for _ in range(3))
         count()
-        wait_until(lambda: state.get(b"finished") == b"3", "the children finish")
+        wait_until(lambda: state.get(b"finished") == b"3", "the children finish", 30)
         assert state.get(b"n") == b"700"
 
 
@@ -87,7 +87,7 @@ def test_a_guard_is_waited_for_no_longer_than_asked(tmp_path):
     for other in (second, first):
         start = time.monotonic()
         assert not other.acquire(0.05)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 10
     second.release()  # not the holder: nothing happens
     assert not second.acquire(0)
     first.release()
@@ -122,7 +122,7 @@ def test_a_killed_holder_frees_guard_and_lock(tmp_path, children):
     assert not guard.acquire(0.02)
     assert try_own_file(tmp_path / "locks" / "name") is None
     os.kill(children[0], signal.SIGKILL)
-    assert guard.acquire(5)
+    assert guard.acquire(20)
     wait_until(lambda: try_own_file(tmp_path / "locks" / "name") is not None, "the lock is free")
     guard.release()
 
@@ -144,8 +144,8 @@ def test_a_lock_that_comes_and_goes_has_one_holder(tmp_path):
     path, inside, most, taken = tmp_path / "locks", [], [], []
 
     def race():
-        until = time.monotonic() + 1
-        while time.monotonic() < until:
+        start = time.monotonic()
+        while (ran := time.monotonic() - start) < 1 or (len(taken) <= 50 and ran < 20):
             held = kernel_locks.try_kernel_lock(path, b"lock")
             if held is not None:
                 inside.append(1)

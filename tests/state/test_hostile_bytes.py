@@ -186,7 +186,7 @@ def mutate_for(seconds: float, seed: int) -> dict[str, int]:
     mutator = Mutator(seed)
     count = values = 0
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or values <= 100:
         data = mutator()
         count += 1
         try:

@@ -12,7 +12,7 @@ import pytest
 
 from hornbeam_state.backends.redis.feed import PING_EVERY, Pulse
 from hornbeam_state.backends.redis.near import NearSteps
-from hornbeam_state.backends.redis.near_cache import ENTRY_BYTES, LONGEST, NearCache
+from hornbeam_state.backends.redis.near_cache import _STRIPES, ENTRY_BYTES, LONGEST, NearCache
 
 
 def make_cache(entries=4, value=1):
@@ -20,6 +20,13 @@ def make_cache(entries=4, value=1):
     near = NearCache(entries * (ENTRY_BYTES + 1 + value))
     near.enable()
     return near
+
+
+def key_beside(key, *, together):
+    """Return another key, of which is heard together with this one or apart from it."""
+    others = (b"%d" % number for number in itertools.count())
+    stripe = hash(key) % _STRIPES
+    return next(other for other in others if (hash(other) % _STRIPES == stripe) is together)
 
 
 def keep(near, key, value=b"v", left=None, asked=0.0):
@@ -135,7 +142,11 @@ class TestOrder:
             pytest.param([], True, id="nothing"),
             pytest.param([("forget", [b"k"])], False, id="a-change"),
             pytest.param([("forget", [b"x", b"k"])], False, id="changes"),
-            pytest.param([("forget", [b"x"])], True, id="a-change-of-another-key"),
+            pytest.param(
+                [("forget", [key_beside(b"k", together=False)])],
+                True,
+                id="a-change-of-another-key",
+            ),
             pytest.param([("flush",)], False, id="flush"),
             pytest.param([("disable",)], False, id="loss"),
             pytest.param([("disable",), ("enable",)], False, id="loss-and-return"),
@@ -150,6 +161,34 @@ class TestOrder:
             getattr(near, method)(*args)
         near.keep(b"k", b"v", token, 0.0, None)
         assert (near.get(b"k", 0.0) == b"v") is kept
+
+    def test_answers_to_one_question_are_all_kept(self):
+        """Also of keys that are not told apart by what is heard of them."""
+        keys = [b"k", key_beside(b"k", together=True)]
+        near = make_cache(entries=8, value=10)
+        steps = NearSteps(near, lambda: None).get_many(keys)
+        next(steps)
+        assert finished(steps, [[b"1", b"2"], -1, -1]) == [b"1", b"2"]
+        assert [near.get(key, 0.0) for key in keys] == [b"1", b"2"]
+
+    @pytest.mark.parametrize("changed", [b"1", b"2", None], ids=["this", "a-later-one", "any"])
+    def test_a_change_that_a_finalizer_tells_amid_an_answer(self, changed):
+        """It runs on this thread, wherever that is, and holds the lock already."""
+
+        class Value(bytes):
+            __slots__ = ()
+
+            def __len__(self):
+                near.forget([changed]) if changed else near.flush()
+                return 1
+
+        near = make_cache(entries=8, value=10)
+        answers = [(b"0", b"v"), (b"1", Value(b"v")), (b"2", b"v")]
+        near.keep_all([(key, value, near.token(key), None) for key, value in answers], 0.0)
+        gone = [changed] if changed else [b"0", b"1", b"2"]
+        assert [near.get(key, 0.0) for key in gone] == [None] * len(gone)
+        near.flush()
+        assert near.used == 0
 
     def test_nothing_is_kept_while_disabled(self):
         """Not even what was asked for before it was."""

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 import weakref
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -42,16 +43,17 @@ from hornbeam_state.errors import (
     WrongType,
 )
 
-TIMEOUT = 0.5
+TIMEOUT = 0.5  # where it is to run out
+PATIENCE = 5  # more than anything takes that waits for nothing, or for a short timeout
 HUSH = "a-password"
 
 
 @pytest.fixture
 def connect():
-    """Return what makes a backend with a short timeout."""
+    """Return what makes a backend."""
     backends = []
 
-    def make(url, timeout=TIMEOUT):
+    def make(url, timeout=10):
         backends.append(RedisBackend(StoreConfig.from_url(url, timeout=timeout)))
         return backends[-1]
 
@@ -64,9 +66,9 @@ def connect():
 def connect_to_fake(make_fake, connect):
     """Return what makes a fake server, and the app's keys on it."""
 
-    def make(reply):
+    def make(reply, **options):
         fake = make_fake(reply)
-        return fake, connect(fake.url).keyspace("app")
+        return fake, connect(fake.url, **options).keyspace("app")
 
     return make
 
@@ -74,13 +76,18 @@ def connect_to_fake(make_fake, connect):
 @pytest.fixture
 def app(valkey, connect):
     """The app's keys on a shared, empty server."""
-    return connect(valkey.unix_url, timeout=10).keyspace("app")
+    return connect(valkey.unix_url).keyspace("app")
 
 
 @pytest.fixture
 def admin(valkey):
     with valkey.admin() as admin:
         yield admin
+
+
+def clients(admin):
+    """Return the connections that a server has."""
+    return {client["id"] for client in admin.client_list()}
 
 
 def failure_of(call, *args):
@@ -238,7 +245,7 @@ class TestLayout:
     def test_names_are_fixed_for_good(self, app, valkey, connect, admin):
         """Other names would lose what is stored already."""
         app.put(b"key", b"v", 100)
-        backend = connect(valkey.url, timeout=10)
+        backend = connect(valkey.url)
         backend.keyspace("sys").put(b"key", b"v")
         backend.keyspace("cache").put(b"key", b"v")
         lock = backend.try_lock(b"key", 100)
@@ -309,7 +316,9 @@ class TestLayout:
         bucket = f"hb:{{b{bucket_of(b'key'):02}}}"
         assert admin.pexpiretime(f"{bucket}:ai") == -1
         app.delete(b"key")
-        assert admin.pexpiretime(f"{bucket}:ai") == admin.pexpiretime(f"{bucket}:ae")
+        with admin.pipeline() as together:  # else they may expire in between
+            together.pexpiretime(f"{bucket}:ai").pexpiretime(f"{bucket}:ae")
+            assert len(set(together.execute())) == 1
         wait_until(lambda: admin.dbsize() == 0, "everything is gone")
 
     def test_an_index_stays_while_a_member_does(self, app, admin):
@@ -379,7 +388,7 @@ class TestLayout:
     def test_the_cache_makes_room_and_the_app_stays(self, make_server, connect):
         """Under a volatile eviction policy only entries of the cache are evicted."""
         server = make_server("--maxmemory", "8mb", "--maxmemory-policy", "volatile-lru")
-        backend = connect(server.unix_url, timeout=10)
+        backend = connect(server.unix_url)
         backend.keyspace("app").put(b"mine", b"v" * 1500)
         cache = backend.keyspace("cache")
         for page in range(20):
@@ -438,7 +447,7 @@ class TestRefusals:
             assert "redis://user:***@127.0.0.1" in str(error)
             assert "nothing was changed" in str(error)
             assert HUSH not in everything_about(error)
-            assert took < TIMEOUT
+            assert took < PATIENCE
 
     @pytest.mark.parametrize("space", ["app", "cache"])
     def test_a_full_server(self, make_server, connect, space):
@@ -532,7 +541,7 @@ class TestRefusals:
         url = f"rediss://localhost:{port}/0"
         error, _ = failure_of(connect(url).check)
         assert "certificate" in str(error).lower()
-        space = connect(f"{url}?ssl_ca_certs={certificate}", timeout=10).keyspace("app")
+        space = connect(f"{url}?ssl_ca_certs={certificate}").keyspace("app")
 
         async def main():
             return [await space.aincr(b"n", 1) for _ in range(10)]
@@ -610,13 +619,15 @@ class TestRefusals:
     @pytest.mark.parametrize("twin", [False, True], ids=["sync", "async"])
     def test_other_answers(self, connect_to_fake, reply, kind, words, twin):
         """Whatever a server says becomes an error of ours that says what to do."""
-        _, space = connect_to_fake(lambda number, data: reply)
+        _, space = connect_to_fake(
+            lambda number, data: reply, timeout=TIMEOUT if reply == b"" else 10
+        )
         error, took = failure_of(
             (lambda: asyncio.run(space.aincr(b"k", 1))) if twin else (lambda: space.incr(b"k", 1))
         )
         assert type(error) is kind
         assert words in str(error)
-        assert took < 2 * TIMEOUT
+        assert took < PATIENCE
 
     @pytest.mark.parametrize(
         ("hello", "words"),
@@ -723,11 +734,19 @@ class TestRetries:
         assert int(space.get(b"n")) >= 20
 
     @pytest.mark.parametrize("how", ["url", "unix_url"])
-    def test_a_stalled_server_costs_one_timeout(self, make_server, connect, how):
-        """Reads and writes fail in time, and no write is sent again."""
+    def test_a_stalled_server_costs_one_timeout(self, make_server, connect, monkeypatch, how):
+        """Reads and writes fail in time, and none is sent again."""
         server = make_server()
-        backend = connect(getattr(server, how))
+        backend = connect(getattr(server, how), TIMEOUT)
         space = backend.keyspace("app")
+        sent = []
+
+        def note(send, *args):
+            sent.append(args)
+            return send(*args)
+
+        for link in (backend._link, backend._alink):
+            monkeypatch.setattr(link, "_send", partial(note, link._send))
         for name in (b"sync", b"async"):
             space.put(name, b"0")
         server.stall()
@@ -736,12 +755,16 @@ class TestRetries:
             "incr": lambda: space.incr(b"sync", 1),
         }
         for name, call in calls.items():
+            sent.clear()
             error, took = failure_of(call)
             assert isinstance(error, StoreUnavailable), name
-            assert 0.9 * TIMEOUT < took < 2 * TIMEOUT, name
+            assert len(sent) == 1, name
+            assert 0.9 * TIMEOUT < took < PATIENCE, name
             assert ("may or may not" in str(error)) is (name == "incr")
+        sent.clear()
         error, took = failure_of(lambda: asyncio.run(space.aincr(b"async", 1)))
-        assert took < 2 * TIMEOUT
+        assert len(sent) == 1
+        assert took < PATIENCE
         assert "may or may not" in str(error)
         spared = [failure_of(space.get, b"sync") for _ in range(5)]
         assert any("next try" in str(error) and took < TIMEOUT / 2 for error, took in spared)
@@ -758,8 +781,8 @@ class TestRetries:
     def test_a_write_that_got_stuck_was_not_done(self, make_server, connect):
         """A server acts on whole commands only, so half of one changes nothing."""
         server = make_server()
-        space = connect(server.url).keyspace("app")
-        space.put(b"k", b"before")
+        connect(server.url).keyspace("app").put(b"k", b"before")
+        space = connect(server.url, TIMEOUT).keyspace("app")
         server.stall()
         error, took = failure_of(space.put, b"k", b"v" * 2**24)
         assert "nothing was changed" in str(error)
@@ -794,10 +817,10 @@ class TestRetries:
             server.resume()
             assert {type(result) for result in results} == {StoreUnavailable}
             assert any("busy" in str(result) for result in results)
-            assert took < 3
+            assert took < 4  # one after the other, on so many connections, it takes 5
 
         asyncio.run(main())
-        assert longest < 0.5
+        assert longest < 0.9  # waiting for the server would take 1
 
 
 class TestDialling:
@@ -806,10 +829,10 @@ class TestDialling:
     def test_it_goes_to_the_server(self, valkey, connect, admin):
         """It is connected, logged in, and nobody else's."""
         backend = connect(valkey.unix_url)
-        before = admin.info("clients")["connected_clients"]
+        before = clients(admin)
         connection = backend._link.dial()
         other = backend._link.dial_to(*backend._link.primaries())
-        assert admin.info("clients")["connected_clients"] == before + 2
+        assert len(clients(admin) - before) == 2
         backend.close()
         connection.send_packed_command(connection.pack_command("PING"), check_health=False)
         assert connection.read_response() == b"PONG"
@@ -832,20 +855,20 @@ class TestAsyncio:
 
     def test_tasks_share_a_bounded_number_of_connections(self, valkey, connect, admin):
         """A thousand tasks at once do not make a thousand connections."""
-        before = admin.info("clients")["connected_clients"]
-        space = connect(valkey.unix_url, timeout=10).keyspace("app")
+        before = clients(admin)
+        space = connect(valkey.unix_url).keyspace("app")
 
         async def main():
             await asyncio.gather(*(space.aincr(b"n", 1) for _ in range(1000)))
-            return admin.info("clients")["connected_clients"] - before
+            return clients(admin) - before
 
-        assert asyncio.run(main()) <= CONNECTIONS
+        assert len(asyncio.run(main())) <= CONNECTIONS
         assert space.get(b"n") == b"1000"
 
     def test_a_loop_takes_its_connections_with_it(self, valkey, connect, admin):
         """Loops come and go; nothing of them stays, on either side."""
-        backend = connect(valkey.unix_url, timeout=10)
-        before = admin.info("clients")["connected_clients"]
+        backend = connect(valkey.unix_url)
+        before = clients(admin)
         loops = []
 
         async def main():
@@ -856,13 +879,11 @@ class TestAsyncio:
             asyncio.run(main())
         gc.collect()
         assert [loop() for loop in loops] == [None] * 10
-        wait_until(
-            lambda: admin.info("clients")["connected_clients"] == before,
-            "the server sees them closed",
-        )
+        wait_until(lambda: clients(admin) <= before, "the server sees them closed")
 
     def test_an_error_that_is_kept_keeps_no_connection(self, valkey, connect, admin):
         """Its traceback leads to the frames of the call, as long as anyone looks at it."""
+        before = clients(admin)
         backend = connect(valkey.url)
         space = backend.keyspace("app")
         space.put(b"k", b"v")
@@ -872,24 +893,22 @@ class TestAsyncio:
                 runner.run(space.aincr(b"k", 1))
             backend.close()
             runner.run(asyncio.sleep(0))
-            wait_until(lambda: len(admin.client_list(_type="normal")) == 1, "it is closed")
+            wait_until(lambda: clients(admin) <= before, "it is closed")
         assert kept.value.__traceback__ is not None
 
     def test_close_reaches_every_loop(self, valkey, connect, admin):
         """A loop in another thread closes its connections, and opens others when it needs them."""
-        backend = connect(valkey.unix_url, timeout=10)
+        backend = connect(valkey.unix_url)
         space = backend.keyspace("app")
-        before = admin.info("clients")["connected_clients"]
+        before = clients(admin)
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
             thread = threading.Thread(target=loop.run_forever)
             thread.start()
             asyncio.run_coroutine_threadsafe(space.aput(b"k", b"v"), loop).result()
-            assert admin.info("clients")["connected_clients"] == before + 1
+            assert len(clients(admin) - before) == 1
             backend.close()
-            wait_until(
-                lambda: admin.info("clients")["connected_clients"] == before, "the loop closes it"
-            )
+            wait_until(lambda: clients(admin) <= before, "the loop closes it")
             assert asyncio.run_coroutine_threadsafe(space.aget(b"k"), loop).result() == b"v"
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
@@ -905,8 +924,8 @@ class TestAsyncio:
 
     def test_a_child_holds_no_connection_of_its_parent(self, valkey, connect, admin):
         """When the parent closes, the server sees it, though a child lives on."""
-        backend = connect(valkey.unix_url, timeout=10)
-        before = admin.info("clients")["connected_clients"]
+        backend = connect(valkey.unix_url)
+        before = clients(admin)
         reader, writer = os.pipe()
 
         async def main():
@@ -917,14 +936,12 @@ class TestAsyncio:
                 os.close(writer)
                 os.read(reader, 1)
                 os._exit(0)
-            assert admin.info("clients")["connected_clients"] == before + 2
+            assert len(clients(admin) - before) == 2
             await backend.aclose()
             return child
 
         child = asyncio.run(main())
-        wait_until(
-            lambda: admin.info("clients")["connected_clients"] == before, "the server sees it"
-        )
+        wait_until(lambda: clients(admin) <= before, "the server sees it")
         os.close(writer)
         os.waitpid(child, 0)
         os.close(reader)
@@ -935,7 +952,7 @@ class TestAsyncio:
         factory = asyncio.new_event_loop
         if loops == "uvloop":
             factory = pytest.importorskip("uvloop").new_event_loop
-        space = connect(valkey.unix_url, timeout=10).keyspace("app")
+        space = connect(valkey.unix_url).keyspace("app")
         names = [b"key/%d" % number for number in range(100)]
         dice = random.Random(17)
 
@@ -990,7 +1007,7 @@ class TestLocks:
 
     @pytest.fixture
     def backend(self, valkey, connect):
-        return connect(valkey.unix_url, timeout=10)
+        return connect(valkey.unix_url)
 
     def left(self, admin, name=b"lock"):
         [key] = admin.keys(b"hb:{*}:l:" + name) or [None]
@@ -999,16 +1016,13 @@ class TestLocks:
     @pytest.mark.parametrize("twin", [False, True], ids=["sync", "async"])
     def test_a_held_lock_outlives_its_ttl(self, backend, admin, twin):
         """It is renewed in time, again and again, until it is released."""
-        if twin:
-            held = asyncio.run(backend.atry_lock(b"lock", 0.6))
-        else:
-            held = backend.try_lock(b"lock", 0.6)
+        held = asyncio.run(backend.atry_lock(b"lock", 1)) if twin else backend.try_lock(b"lock", 1)
         renewals, last = 0, self.left(admin)
         while renewals < 4:
             left = self.left(admin)
             assert left is not None, "it expired while it was held"
             renewals, last = renewals + (left > last), left
-            assert backend.try_lock(b"lock", 0.6) is None
+            assert backend.try_lock(b"lock", 1) is None
             time.sleep(0.005)
         assert (asyncio.run(held.arelease()) if twin else held.release()) is True
         assert self.left(admin) is None
@@ -1016,7 +1030,7 @@ class TestLocks:
     def test_one_thread_renews_all_locks(self, backend, admin):
         """However many are held."""
         before = set(threading.enumerate())
-        held = [backend.try_lock(b"lock%d" % number, 0.6) for number in range(50)]
+        held = [backend.try_lock(b"lock%d" % number, 1.5) for number in range(50)]
         leases = [lock._lease for lock in held]
         first = [lease.expires for lease in leases]
         wait_until(
@@ -1057,7 +1071,7 @@ class TestLocks:
         if child == 0:
             try:
                 owner = RedisBackend(StoreConfig.from_url(valkey.unix_url))
-                held = owner.try_lock(b"lock", 0.6)
+                held = owner.try_lock(b"lock", 1)
                 os.write(writer, b"1" if held else b"0")
                 time.sleep(60)
             finally:
@@ -1072,11 +1086,11 @@ class TestLocks:
 
     def test_a_child_leaves_its_parents_lock_alone(self, backend, admin):
         """It neither frees it nor keeps it alive."""
-        held = backend.try_lock(b"lock", 3)
+        held = backend.try_lock(b"lock", 30)
         child = os.fork()
         if child == 0:
-            free = held.release() is False and backend.try_lock(b"lock", 3) is None
-            other = backend.try_lock(b"other", 3)
+            free = held.release() is False and backend.try_lock(b"lock", 30) is None
+            other = backend.try_lock(b"other", 30)
             os._exit(0 if free and other.release() and not backend._keeper._leases else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert self.left(admin) > 0
@@ -1085,7 +1099,7 @@ class TestLocks:
     def test_a_short_stall_loses_no_lock(self, make_server, connect):
         """A renewal that fails is tried again before the lock expires."""
         server = make_server()
-        backend = connect(server.unix_url)
+        backend = connect(server.unix_url, TIMEOUT)
         held = backend.try_lock(b"lock", 6)
         backend._keeper._leases[held._lease.token].due = time.monotonic()
         server.stall()
@@ -1099,7 +1113,7 @@ class TestLocks:
     def test_a_stall_beyond_the_ttl_loses_the_lock(self, make_server, connect):
         """The owner learns of it even while the server is away."""
         server = make_server()
-        backend = connect(server.unix_url)
+        backend = connect(server.unix_url, TIMEOUT)
         held = backend.try_lock(b"lock", 0.8)
         server.stall()
         wait_until(lambda: not backend._keeper._leases, "the keeper gives up")

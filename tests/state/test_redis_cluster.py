@@ -8,6 +8,7 @@ import random
 import threading
 import time
 import traceback
+from functools import partial
 
 import pytest
 from redis.crc import key_slot
@@ -16,6 +17,8 @@ from redis_load import Load
 from redis_servers import free_port, wait_until
 
 from hornbeam_state.backends.redis.backend import RedisBackend
+from hornbeam_state.backends.redis.batches import Command, ask_independently
+from hornbeam_state.backends.redis.errors import may_have_happened
 from hornbeam_state.backends.redis.flight import Flight
 from hornbeam_state.backends.redis.steps import BUCKETS, bucket_of
 from hornbeam_state.backends.redis.topology import (
@@ -148,14 +151,28 @@ class TestRouting:
     @pytest.mark.parametrize("twin", [False, True], ids=["sync", "async"])
     def test_many_keys_take_one_round_trip(self, cluster, connect, twin):
         """Commands for one node go there together: a slow node does not add to another."""
-        space = connect(cluster.url).keyspace("app")
+        space = connect(cluster.url).keyspace("cache")
         space.put_many(dict.fromkeys(NAMES, b"v"))
+        items = dict.fromkeys(NAMES, b"w")
         for node in cluster.primaries:
-            node.ask("CLIENT", "PAUSE", 300)
-        started = time.monotonic()
-        values = asyncio.run(space.aget_many(NAMES)) if twin else space.get_many(NAMES)
-        assert values == [b"v"] * 40
-        assert time.monotonic() - started < 0.85, "the pauses added up"
+            node.ask("CLIENT", "PAUSE", 60_000, "WRITE")
+        write = (
+            partial(asyncio.run, space.aput_many(items)) if twin else partial(space.put_many, items)
+        )
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            wait_until(lambda: all(map(self.keeps_waiting, cluster.primaries)), "all are asked")
+        finally:
+            for node in cluster.primaries:
+                node.ask("CLIENT", "UNPAUSE")
+            thread.join()
+        assert space.get_many(NAMES) == [b"w"] * 40
+
+    def keeps_waiting(self, node):
+        """Return whether a node has a command that it does not carry out yet."""
+        with node.admin() as admin:
+            return any("b" in client["flags"] for client in admin.client_list())
 
     def test_the_cache_is_listed_and_cleared_on_every_primary(self, backend, cluster):
         cache = backend.keyspace("cache")
@@ -280,8 +297,9 @@ class TestRefusals:
     @pytest.mark.parametrize("twin", [False, True], ids=["sync", "async"])
     def test_nobody_there(self, connect, twin):
         url = f"redis+cluster://:{HUSH}@127.0.0.1:{free_port()},127.0.0.1:{free_port()}"
-        space = connect(url, timeout=0.5).keyspace("app")
-        for _ in range(5):
+        space = connect(url).keyspace("app")
+
+        def is_spared():
             error, took = failure_of(
                 (lambda: asyncio.run(space.aincr(b"k", 1)))
                 if twin
@@ -289,12 +307,15 @@ class TestRefusals:
             )
             assert isinstance(error, StoreUnavailable)
             assert HUSH not in "".join(traceback.format_exception(error))
-            assert took < 1
-        assert "next try" in str(error)
+            assert took < 5
+            return "next try" in str(error)
+
+        assert not is_spared()
+        wait_until(is_spared, "calls are spared")
 
     def test_passwords(self, make_cluster, connect):
         """They belong to all nodes."""
-        cluster = make_cluster()
+        cluster = make_cluster(node_timeout_ms=60_000)
         for node in cluster.nodes:
             node.ask("CONFIG", "SET", "requirepass", "open-sesame")
         hosts = cluster.url.partition("://")[2]
@@ -302,7 +323,7 @@ class TestRefusals:
             ("", "asks for a password"),
             (f":{HUSH}@", "refused the user name or password"),
         ):
-            backend = connect(f"redis+cluster://{login}{hosts}", timeout=2)
+            backend = connect(f"redis+cluster://{login}{hosts}")
             for call in (backend.check, lambda b=backend: b.keyspace("app").incr(b"k", 1)):
                 error, _ = failure_of(call)
                 assert words in str(error)
@@ -330,7 +351,7 @@ class TestRefusals:
         options = ("--cluster-enabled", "yes", "--cluster-port", free_port())
         node = make_server(*options)
         url = node.url.replace("redis:", "redis+cluster:")
-        error, took = failure_of(connect(url, timeout=0.5).check)
+        error, _ = failure_of(connect(url, timeout=0.5).check)
         assert "no node serves" in str(error)
         node.ask("CLUSTER", "ADDSLOTSRANGE", 0, 8000)
         node.ask("CONFIG", "SET", "cluster-require-full-coverage", "no")
@@ -340,7 +361,7 @@ class TestRefusals:
             error, took = failure_of(call)
             assert isinstance(error, StoreUnavailable)
             assert "slots" in str(error)
-            assert took < 1
+            assert took < 5
 
 
 class TestSlotsThatMove:
@@ -401,9 +422,10 @@ class TestSlotsThatMove:
             for call in (space.keys, lambda: asyncio.run(space.akeys())):
                 error, took = failure_of(call)
                 assert "on its way to another node" in str(error)
-                assert took < 1.5
+                assert took < 5
             error, _ = failure_of(space.clear)
             assert "may or may not" in str(error)
+            assert may_have_happened(error)
         finally:
             cluster.move_keys(slot, source, target)
             cluster.end_move(slot, source, target)
@@ -433,12 +455,39 @@ class TestSlotsThatMove:
             )
             assert isinstance(error, StoreUnavailable)
             assert "on its way to another node" in str(error)
-            assert took < 1.5
+            assert took < 5
         finally:
             cluster.move_keys(slot, source, target)
             cluster.end_move(slot, source, target)
             cluster.move(slot, source)
         assert space.incr(b"n0", 1) == 2
+
+    def test_a_bucket_in_two_halves_whose_nodes_fall_silent(self, cluster, connect):
+        """The call tells both: it waited for the slot, and then nobody answered."""
+        space = connect(cluster.url, timeout=1).keyspace("app")
+        bucket = bucket_of(b"n0")
+        slot = SLOT_OF_BUCKET[bucket]
+        source = cluster.owner(slot)
+        target = next(node for node in cluster.primaries if node is not source)
+        space.put(b"n0", b"1", 100)
+        cluster.begin_move(slot, source, target)
+        stalling = threading.Timer(0.5, lambda: [node.stall() for node in (source, target)])
+        try:
+            source.ask("MIGRATE", "127.0.0.1", target.port, f"hb:{{b{bucket:02}}}:ai", 0, 5000)
+            stalling.start()
+            error, _ = failure_of(space.incr, b"n0", 1)
+        finally:
+            stalling.join()
+            for node in (source, target):
+                node.resume()
+            cluster.move_keys(slot, source, target)
+            cluster.end_move(slot, source, target)
+            cluster.move(slot, source)
+        assert isinstance(error, StoreUnavailable)
+        assert "did not answer" in str(error)
+        assert "may or may not" in str(error)
+        assert may_have_happened(error)
+        assert "before, a slot is on its way to another node" in str(error)
 
 
 class TestNodesThatFail:
@@ -446,7 +495,7 @@ class TestNodesThatFail:
 
     def test_a_stalled_node_leaves_the_others_alone(self, make_cluster, connect):
         """Its own calls fail in time; its circuit breaker is not theirs."""
-        cluster = make_cluster("--cluster-node-timeout", "60000")
+        cluster = make_cluster(node_timeout_ms=60_000)
         space = connect(cluster.url, timeout=0.5).keyspace("app")
         space.put_many(dict.fromkeys(NAMES, b"0"))
         stalled, healthy, _ = cluster.primaries
@@ -461,10 +510,9 @@ class TestNodesThatFail:
             ):
                 error, took = failure_of(call)
                 assert isinstance(error, StoreUnavailable)
-                assert took < 1
+                assert took < 5
                 assert space.get(quick) is not None
-            error, took = failure_of(space.get, slow)
-            assert "next try" in str(error)
+            assert any("next try" in str(failure_of(space.get, slow)[0]) for _ in range(4))
             for _ in range(20):
                 assert space.get(quick) is not None
         finally:
@@ -479,9 +527,9 @@ class TestNodesThatFail:
 
     def test_a_node_that_is_down_loses_no_lock_on_the_others(self, make_cluster, connect):
         """Those are renewed, though all renewals go out together."""
-        cluster = make_cluster("--cluster-node-timeout", "60000")
-        backend = connect(cluster.url, timeout=0.3)
-        held = {name: backend.try_lock(name, 1.5) for name in NAMES[:12]}
+        cluster = make_cluster(node_timeout_ms=60_000)
+        backend = connect(cluster.url, timeout=0.5)
+        held = {name: backend.try_lock(name, 2.5) for name in NAMES[:12]}
         dead, *_ = cluster.primaries
         lost = {n for n in held if cluster.owner(SLOT_OF_BUCKET[bucket_of(n)]) is dead}
         assert 0 < len(lost) < 12
@@ -491,7 +539,7 @@ class TestNodesThatFail:
                 lambda: len(backend._keeper._leases) == 12 - len(lost),
                 "the keeper gives up what it cannot renew",
             )
-            time.sleep(1.6)
+            time.sleep(0.6)
             for name in set(held) - lost:
                 assert held[name].release() is True
             for name in lost:
@@ -499,10 +547,31 @@ class TestNodesThatFail:
         finally:
             dead.resume()
 
+    @pytest.mark.parametrize("fault", ["stall", "stop"])
+    def test_independent_commands_fail_each_for_itself(self, make_cluster, connect, fault):
+        """What was done of others says nothing of the one that cannot be sent."""
+        cluster = make_cluster(node_timeout_ms=60_000)
+        backend = connect(cluster.url, timeout=0.5)
+        dead, *_ = cluster.primaries
+        lost = {n for n in range(BUCKETS) if cluster.owner(SLOT_OF_BUCKET[n]) is dead}
+        words = [(b"INCR", b"hb:{b%02d}:n" % bucket) for bucket in range(BUCKETS)]
+        steps = ask_independently([*map(Command, words, range(BUCKETS))], repeatable=False)
+        getattr(dead, fault)()
+        try:
+            replies = backend._link.run(steps)
+        finally:
+            if fault == "stall":
+                dead.resume()
+        assert {n for n, reply in enumerate(replies) if reply != 1} == lost
+        for bucket in lost:
+            assert isinstance(replies[bucket], StoreUnavailable)
+            assert may_have_happened(replies[bucket]) is (fault == "stall")
+            assert ("may or may not" in str(replies[bucket])) is (fault == "stall")
+
     def test_a_replica_that_takes_over_on_request(self, make_cluster, connect):
         """Every increment counts once while primary and replica change places."""
-        cluster = make_cluster(replicas=3)
-        space = connect(cluster.url, timeout=3).keyspace("app")
+        cluster = make_cluster(replicas=3, node_timeout_ms=60_000)
+        space = connect(cluster.url).keyspace("app")
         with Load(space, NAMES) as load:
             for replica in cluster.replicas:
                 replica.ask("CLUSTER", "FAILOVER")
@@ -510,7 +579,7 @@ class TestNodesThatFail:
                 load.wait_for_more("the load goes on")
         load.check()
         assert load.failed == 0, load.messages
-        assert load.longest < 5
+        assert load.longest < 10
 
     @pytest.mark.slow
     def test_a_primary_that_is_killed(self, make_cluster, connect):

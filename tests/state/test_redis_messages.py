@@ -34,7 +34,7 @@ from hornbeam_state.errors import StoreUnavailable
 from hornbeam_state.pubsub import Message, Subscription
 from hornbeam_state.store import Store
 
-TIMEOUT = 0.3
+TIMEOUT = 0.6
 
 
 class TestConnections:
@@ -49,7 +49,7 @@ class TestConnections:
             for number in range(200)
         ]
         assert [(client["sub"], client["psub"]) for client in listeners(server)] == [("200", "200")]
-        assert threads() == ["hornbeam-messages"]
+        wait_until(lambda: threads() == ["hornbeam-messages"], "those of other tests have ended")
         assert backend.publish(b"name/7", b"1") == 1
         assert backend.publish(b"room/7/x", b"2") == 1
         assert [next_of(inboxes[7]), next_of(inboxes[7])] == [
@@ -93,8 +93,8 @@ class TestConnections:
                 inbox.close()
                 assert backend.publish(b"t", b"v") == 0
             with server.admin() as admin:
-                # The backend's own, for publishing, and this admin's.
-                assert admin.info("stats")["total_connections_received"] <= before + 3
+                # The backend's own, for publishing, and this admin's; some, if time flies.
+                assert admin.info("stats")["total_connections_received"] < before + 10
             wait_until(lambda: not threads(), "the thread has ended")
         backend.close()
         with server.admin() as admin:
@@ -127,7 +127,7 @@ class TestConnections:
             wait_until(lambda: not threads(), "the thread has ended")
             wait_until(lambda: len(admin.client_list()) == 1, "the connections are gone")
             gc.collect()
-            assert descriptors() == before
+            wait_until(lambda: descriptors() <= before, "the descriptors are closed")
 
     def test_databases_are_apart(self, valkey, connect, subscribing):
         """Though Pub/Sub knows none."""
@@ -192,21 +192,25 @@ class TestReaders:
     """Those who take messages, or do not."""
 
     def test_a_slow_one_under_a_fast_publisher(self, make_server, connect):
-        """What it loses is counted exactly, takes no room, and slows nobody down."""
+        """What it loses is counted exactly, takes no room, and slows nobody down.
+
+        The server would part with a connection that is read from too slowly.
+        """
         server = make_server("--client-output-buffer-limit", "pubsub 8mb 8mb 1")
         backend = connect(server.url)
         slow, quick = backend.subscribe(TOPIC, 10), backend.subscribe(TOPIC, 10_000)
         tracemalloc.start()
         try:
             with server.admin() as admin:
-                for _ in range(40):
+                for published in range(100, 4100, 100):
                     pipeline = admin.pipeline(transaction=False)
                     for _ in range(100):
                         pipeline.publish("hb:0:m:t", b"v" * 10_000)
                     assert pipeline.execute() == [2] * 100
-                    while quick.take() is not None:
-                        pass
-            wait_until(lambda: slow.dropped == 3990, "all but ten are dropped")
+                    for _ in range(100):
+                        next_of(quick)
+                    rest = published - 10
+                    wait_until(lambda rest=rest: slow.dropped == rest, "all but ten are dropped")
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -348,6 +348,8 @@ class TestInbox:
             thread.start()
         for thread in putters:
             thread.join()
+        # Not until it is unreadable: it is so for a moment while one looks whether it is empty.
+        wait_until(lambda: len(taken) + inbox.dropped == 40_000, "each is taken or counted")
         wait_until(lambda: not is_readable(inbox), "all is taken")
         inbox.close()
         for thread in takers:

@@ -127,26 +127,31 @@ class TestFinding:
     ):
         mute = make_fake(lambda number, data: b"").url.partition("://")[2]
         _, incr = calls(
-            connect(watched.url.replace("://", f"://{mute},"), timeout=2).keyspace("app"), twin
+            connect(watched.url.replace("://", f"://{mute},"), timeout=3).keyspace("app"), twin
         )
         started = time.monotonic()
         assert incr(b"n", 1) == 1
-        assert 0.4 < time.monotonic() - started < 1.5
+        assert 0.6 < time.monotonic() - started < 3
 
     @both
     def test_no_sentinel_at_all(self, connect, calls, twin):
         """The error comes in time, says so, and that nothing was changed."""
         url = f"redis+sentinel://:{HUSH}@127.0.0.1:{free_port()},127.0.0.1:{free_port()}/shop"
         _, incr = calls(connect(url, timeout=0.5).keyspace("app"), twin)
-        for _ in range(4):
+
+        def is_spared():
             error, took = failure_of(incr, b"n", 1)
             assert isinstance(error, StoreUnavailable)
             assert HUSH not in "".join(traceback.format_exception(error))
-            assert took < 1
-            assert "next try" in str(error) or (
-                "no sentinel answers" in str(error) and "nothing was changed" in str(error)
-            )
-        assert "next try" in str(error)
+            assert took < 5
+            if "next try" in str(error):
+                return True
+            assert "no sentinel answers" in str(error)
+            assert "nothing was changed" in str(error)
+            return False
+
+        assert not is_spared()
+        wait_until(is_spared, "calls are spared")
 
     @both
     def test_a_service_nobody_knows(self, watched, connect, calls, twin):
@@ -161,7 +166,7 @@ class TestFinding:
 
     def test_passwords(self, make_watched, connect):
         """The sentinels have their own; no message shows any."""
-        watched = make_watched(sentinels=1)
+        watched = make_watched(sentinels=1, down_after_ms=60_000)
         for server in watched.servers:
             server.ask("CONFIG", "SET", "masterauth", "open-sesame")
             server.ask("CONFIG", "SET", "requirepass", "open-sesame")
@@ -176,7 +181,7 @@ class TestFinding:
             f":{HUSH}@{place}?sentinel_password=watch-word": "refused the user name or password",
         }
         for rest, words in cases.items():
-            backend = connect(f"redis+sentinel://{rest}", timeout=2)
+            backend = connect(f"redis+sentinel://{rest}")
             for call in (
                 backend.check,
                 lambda b=backend: b.keyspace("app").incr(b"n", 1),
@@ -267,17 +272,43 @@ class TestFollowing:
         assert incr(b"n", 1) == 2
         assert sentinel.asked > begun + 4
 
+    @pytest.fixture
+    def _two_seconds_to_spare(self, monkeypatch):
+        """Have calls stop trying long before their time is up: the last try must have enough."""
+        name = "hornbeam_state.backends.redis.sentinel.is_late"
+        monkeypatch.setattr(name, lambda deadline, _: time.monotonic() > deadline - 2)
+
     @both
+    @pytest.mark.usefixtures("_two_seconds_to_spare")
     def test_nobody_steps_up(self, pair, make_sentinel, connect, calls, twin):
         """The call fails in time, with what the last server said."""
         old, new = pair
-        _, incr = calls(connect(make_sentinel(old).url, timeout=0.5).keyspace("app"), twin)
+        _, incr = calls(connect(make_sentinel(old).url, timeout=2.5).keyspace("app"), twin)
         incr(b"n", 1)
         change_places(old, new)
         error, took = failure_of(incr, b"n", 1)
         assert isinstance(error, StoreUnavailable)
         assert "replica" in str(error)
-        assert took < 1
+        assert took < 5
+
+    @both
+    def test_nobody_steps_up_and_the_sentinel_falls_silent(
+        self, pair, make_fake, connect, calls, twin
+    ):
+        """Time runs out over asking it; what the last server said is still the reason."""
+        old, new = pair
+        port = b"%d" % old.port
+        answers = [b"*2\r\n$9\r\n127.0.0.1\r\n$%d\r\n%s\r\n" % (len(port), port)]
+        fake = make_fake(lambda number, data: answers[0] if answers else b"")
+        url = fake.url.replace("redis:", "redis+sentinel:") + "/shop"
+        _, incr = calls(connect(url, timeout=0.5).keyspace("app"), twin)
+        incr(b"n", 1)
+        change_places(old, new)
+        answers.clear()
+        error, took = failure_of(incr, b"n", 1)
+        assert isinstance(error, StoreUnavailable)
+        assert "replica" in str(error)
+        assert took < 5
 
     @both
     def test_a_primary_that_was_replaced_is_left(self, pair, make_sentinel, connect, calls, twin):
@@ -312,7 +343,7 @@ class TestFollowing:
     def test_sentinels_that_are_gone_stop_nothing(self, pair, make_sentinel, connect, calls, twin):
         """What is open goes on being used."""
         sentinel = make_sentinel(pair[0])
-        _, incr = calls(connect(sentinel.url, timeout=2).keyspace("app"), twin)
+        _, incr = calls(connect(sentinel.url).keyspace("app"), twin)
         incr(b"n", 1)
         sentinel.close()
         started = time.monotonic()
@@ -324,8 +355,8 @@ class TestFollowing:
     def test_the_sentinels_are_asked_once_a_second(self, pair, make_sentinel, connect):
         """By one of many callers."""
         sentinel = make_sentinel(pair[0])
+        started = time.monotonic()
         with Load(connect(sentinel.url).keyspace("app"), NAMES) as load:
-            started = time.monotonic()
             wait_until(lambda: sentinel.asked > 2, "they are asked again")
             load.wait_for_more("the load goes on")
         load.check()
@@ -334,7 +365,7 @@ class TestFollowing:
 
     def test_a_switch_on_request(self, make_watched, connect):
         """Callers go on with the replica within a second or two; no increment counts twice."""
-        watched = make_watched(sentinels=1)
+        watched = make_watched(sentinels=1, down_after_ms=60_000)
         space = connect(watched.url, timeout=3).keyspace("app")
         with Load(space, NAMES) as load:
             watched.fail_over()
@@ -345,7 +376,7 @@ class TestFollowing:
             wait_until(lambda: routes._primary.port == new.port, "the new primary is known")
             load.wait_for_more("the load goes on")
         load.check(may_lose=True)  # what the old primary still took after the promotion
-        assert load.longest < 4
+        assert load.longest < 7  # the old primary is not told before 8 have passed
 
     @pytest.mark.slow
     def test_a_primary_that_is_demoted_much_later(self, make_watched, connect):

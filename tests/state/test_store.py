@@ -74,7 +74,9 @@ def adapter(request):
 
 @pytest.fixture(params=["lmdb", "memory"])
 def url(request, tmp_path):
-    return f"lmdb://{tmp_path}/store" if request.param == "lmdb" else "memory://"
+    # Its threads may be many, and any of them be kept waiting by a busy machine.
+    place = f"lmdb://{tmp_path}/store" if request.param == "lmdb" else "memory://"
+    return f"{place}?timeout=20"
 
 
 @pytest.fixture

@@ -87,6 +87,21 @@ class RedisBackend:
         """
         return runtime_directory(self._config)
 
+    @property
+    def config(self) -> StoreConfig:
+        """Where the servers are."""
+        return self._config
+
+    @property
+    def link(self) -> Link:
+        """Its blocking connections, for what else is kept on the same servers."""
+        return self._link
+
+    @property
+    def alink(self) -> AsyncLink:
+        """Its asyncio connections, likewise."""
+        return self._alink
+
     def keyspace(self, space: Space) -> RedisKeyspace:
         """Return the key space; always the same object for the same name."""
         return self._spaces[space]

@@ -94,9 +94,9 @@ def ask(*commands: Command, repeatable: bool = False) -> Steps[list[Any]]:
     return replies
 
 
-def ask_independently(commands: Sequence[Command]) -> Steps[list[Any]]:
-    """Send repeatable commands together and return for each its reply, or the error it met."""
-    batch = Batch(commands, repeatable=True, whole=len(commands) == 1, independent=True)
+def ask_independently(commands: Sequence[Command], *, repeatable: bool = True) -> Steps[list[Any]]:
+    """Send commands together and return for each its reply, or the error it met."""
+    batch = Batch(commands, repeatable, whole=len(commands) == 1, independent=True)
     replies = yield batch
     yield from _ask_in_full(batch, replies)
     return replies

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from hornbeam_state.backends.redis.batches import Batch
     from hornbeam_state.config import StoreConfig
-    from hornbeam_state.errors import StoreError
 
 _AT_ONCE: Final = 4  # redirections that are followed without a pause
 _BRIEF: Final = 0.3  # of the timeout, for slots that nobody serves: it may take long until one does
@@ -120,7 +119,7 @@ class ClusterRoutes(Routes):
         for part in parts:
             if part.address in spared:
                 pause = spared[part.address]
-                write = turn.is_begun and not turn.batch.repeatable
+                write = turn.is_in_doubt and not turn.batch.repeatable
                 where = self.named(part.address)
                 turn.fail(part.indexes, not_tried(where, pause, write=write))
         turn.raise_failure()
@@ -171,7 +170,7 @@ class ClusterRoutes(Routes):
                     turn.ask(index, address)
                 case Torn() if not turn.batch.repeatable:
                     turn.is_begun = True
-                    turn.fail([index], self._rearranged(turn, reply))
+                    self._wait_no_longer(turn, [index], reply, in_doubt=True)
                 case Later(is_down=True):
                     turn.down.add(part.address)
                     wait = True
@@ -190,10 +189,12 @@ class ClusterRoutes(Routes):
             self._breaker_of(part.address).failed(started, time.monotonic())
         if failure.stage is Stage.WAITING:
             turn.is_begun = True
-        elif turn.is_begun:  # then it cannot be said any more that nothing was changed
+        elif turn.is_in_doubt:
             failure = Interrupted(Stage.WAITING, failure.error)
         where, write = self.named(part.address), not turn.batch.repeatable
-        turn.fail(part.indexes, unreachable(failure, where, self.timeout, write=write), failure)
+        said = [turn.replies[index] for index in part.indexes]
+        error = unreachable(failure, where, self.timeout, write=write, said=said)
+        turn.fail(part.indexes, error, failure)
 
     def _run_out(self, turn: Turn, started: float) -> None:
         """Give up on what no node has answered in the end."""
@@ -201,12 +202,16 @@ class ClusterRoutes(Routes):
             self._breaker_of(address).failed(started, time.monotonic())
         answers = (turn.replies[index] for index in turn.todo)
         answer = next((reply for reply in answers if reply is not None), None)
-        turn.fail(turn.todo, self._rearranged(turn, answer))
+        self._wait_no_longer(turn, turn.todo, answer, in_doubt=turn.is_in_doubt)
         turn.raise_failure()
 
-    def _rearranged(self, turn: Turn, answer: object) -> StoreError:
-        write = turn.is_begun and not turn.batch.repeatable
-        return rearranged(answer, self.where, self.timeout, write=write)
+    def _wait_no_longer(
+        self, turn: Turn, indexes: Iterable[int], answer: object, *, in_doubt: bool
+    ) -> None:
+        write = in_doubt and not turn.batch.repeatable
+        error = rearranged(answer, self.where, self.timeout, write=write)
+        cause = Interrupted(Stage.WAITING, TimeoutError("waited for a slot")) if write else None
+        turn.fail(indexes, error, cause)
 
 
 def _best_first(settled: tuple[Part, Outcome]) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from redis import exceptions as driver
 
 from hornbeam_state.errors import StoreError, StoreFull, StoreUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 FAILURES: Final = (driver.RedisError, OSError, UnicodeError)
 """What talking to a server may raise: the last, when its name is no host name."""
@@ -53,6 +56,7 @@ def explained(stage: Stage, error: Exception) -> Interrupted | driver.RedisError
     return root if isinstance(root, REFUSALS) else Interrupted(stage, root)
 
 
+_LATER: Final = (driver.TryAgainError, driver.ClusterDownError)
 _UNKNOWN: Final = "; the write may or may not have happened"
 _NOTHING_DONE: Final = "; nothing was changed"
 
@@ -124,8 +128,18 @@ def _about_password(error: driver.RedisError) -> str:
     return "refused the user name or password in the store URL: correct them"
 
 
-def unreachable(failure: Interrupted, where: str, timeout: float, *, write: bool) -> StoreError:
-    """Translate a failure of the connection, saying whether a write may have happened."""
+def unreachable(
+    failure: Interrupted, where: str, timeout: float, *, write: bool, said: Iterable[object] = ()
+) -> StoreError:
+    """Translate a failure of the connection, saying whether a write may have happened.
+
+    Args:
+        failure: It.
+        where: What messages call the server.
+        timeout: Seconds that were waited at most.
+        write: Whether the call was one that changes something.
+        said: What nodes of a Cluster had answered before to what was asked now.
+    """
     outcome = ""
     if write:
         outcome = _UNKNOWN if failure.stage is Stage.WAITING else _NOTHING_DONE
@@ -138,7 +152,9 @@ def unreachable(failure: Interrupted, where: str, timeout: float, *, write: bool
             f"{where}: all connections of this event loop were busy for {timeout:g} s{outcome}"
         )
     if failure.timed_out:
-        return StoreUnavailable(f"{where} did not answer within {timeout:g} s{outcome}")
+        waited = next((answer for answer in said if isinstance(answer, _LATER)), None)
+        before = f"; before, {_why_later(waited)}" if waited else ""
+        return StoreUnavailable(f"{where} did not answer within {timeout:g} s{outcome}{before}")
     if failure.stage is Stage.CONNECTING:
         return StoreUnavailable(
             f"{where} cannot be reached: check that the server runs there ({failure}){outcome}"
@@ -155,14 +171,18 @@ def rearranged(answer: object, where: str, timeout: float, *, write: bool) -> St
         timeout: Seconds that were waited at most.
         write: Whether a part of a write may have been done.
     """
+    return StoreUnavailable(
+        f"{where}: {_why_later(answer)} (a call waits up to {timeout:g} s for that to end)"
+        f"{_UNKNOWN if write else ''}"
+    )
+
+
+def _why_later(answer: object) -> str:
     if answer is None or isinstance(answer, driver.ClusterDownError):
         reason = "no node serves some of its slots"
     else:
         reason = "a slot is on its way to another node"
-    return StoreUnavailable(
-        f"{where}: {reason}: see what CLUSTER INFO says (a call waits up to {timeout:g} s for "
-        f"that to end){_UNKNOWN if write else ''}"
-    )
+    return f"{reason}: see what CLUSTER INFO says"
 
 
 def not_tried(where: str, pause: float, *, write: bool = False) -> StoreError:

@@ -79,7 +79,19 @@ class Link:
         Raises:
             StoreUnavailable: the server could not be reached in time, or refused.
         """
-        return self.dial_to(self._carry_out(self._routes.locate(bucket)), protocol=protocol)
+        return self.dial_to(self.locate(bucket), protocol=protocol)
+
+    def locate(self, bucket: int) -> Address:
+        """Return the primary that holds a bucket at present, for `dial_to`.
+
+        Raises:
+            StoreUnavailable: it cannot be found out.
+        """
+        return self._carry_out(self._routes.locate(bucket))
+
+    def lost(self, address: Address) -> None:
+        """Take note that a connection of `dial_to` was lost, or led to the wrong server."""
+        self._routes.lost(address)
 
     def dial_to(self, address: Address, *, protocol: int = 2) -> SyncConnection:
         """Return a new connection to one of `primaries`; it is the caller's to close.

@@ -102,9 +102,10 @@ class NearSteps(CacheSteps):
         asked = time.monotonic()
         tokens = [self._near.token(key) for key in keys]
         found = yield from self._get_with_ttl(keys)
-        for key, token in zip(keys, tokens, strict=True):
-            value, left = found[key]
-            self._near.keep(key, value, token, asked, left)
+        told = zip(keys, tokens, strict=True)
+        self._near.keep_all(
+            [(key, found[key][0], token, found[key][1]) for key, token in told], asked
+        )
         return {key: value for key, (value, _) in found.items()}
 
     def _get_with_ttl(

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 LONGEST: Final = 5.0
 """Seconds after which the server is asked anew, whatever was heard or not heard from it."""
@@ -23,6 +23,11 @@ ENTRY_BYTES: Final = 320
 """What an entry takes in memory beside the bytes of its key and value: measured, rounded up."""
 
 _STRIPES: Final = 4096  # a power of two
+
+Answer: TypeAlias = tuple[bytes, bytes | None, int, float | None]
+"""A key; its value, None for an absent key, which is not kept; what `NearCache.token` returned
+before the server was asked; and the seconds that the value had left then or later, none if it is
+below zero, None for no expiry."""
 
 
 class NearCache:
@@ -44,6 +49,7 @@ class NearCache:
         self._flushes = 0
         self._news = [0] * _STRIPES
         self._enabled = False
+        self._changes = 0  # how often it was told that keys have changed
         # A finalizer may come in between and need it too.
         self._lock = threading.RLock()
 
@@ -79,28 +85,35 @@ class NearCache:
     def keep(
         self, key: bytes, value: bytes | None, token: int, asked: float, left: float | None
     ) -> None:
-        """Take note of an answer of the server, and keep it if it can be trusted.
+        """Take note of one answer of the server; see `keep_all`."""
+        self.keep_all([(key, value, token, left)], asked)
+
+    def keep_all(self, answers: Sequence[Answer], asked: float) -> None:
+        """Take note of what the server answered together, and keep what can be trusted.
 
         Args:
-            key: What was asked for.
-            value: The answer; None for an absent key, which is not kept.
-            token: What `token` returned before the server was asked.
-            asked: When that was.
-            left: Seconds that the value had left then or later, none if it is below zero; None
-                for no expiry.
+            answers: For each key what the server said of it.
+            asked: When it was asked.
         """
-        until = asked + (LONGEST if left is None else min(left, LONGEST))
         with self._lock:
-            trusted = self._enabled and token == self.token(key)
-            self._news[hash(key) % _STRIPES] += 1
-            if trusted and value is not None and until > asked:
-                self._put(key, value, until)
-            elif (entry := self._entries.get(key)) is not None and entry[0] != value:
-                self._drop(key)
+            changes = self._changes
+            # Before any is noted: answers to one question do not speak against each other,
+            # though their keys may share a stripe.
+            trusted = [self._enabled and token == self.token(key) for key, _, token, _ in answers]
+            for (key, value, _, left), is_trusted in zip(answers, trusted, strict=True):
+                until = asked + (LONGEST if left is None else min(left, LONGEST))
+                self._news[hash(key) % _STRIPES] += 1
+                if is_trusted and value is not None and until > asked:
+                    self._put(key, value, until)
+                    if self._changes != changes:  # by a finalizer, amid this
+                        self._drop(key)
+                elif (entry := self._entries.get(key)) is not None and entry[0] != value:
+                    self._drop(key)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """Drop what is known of these keys: they have changed, or may have."""
         with self._lock:
+            self._changes += 1
             for key in keys:
                 self._news[hash(key) % _STRIPES] += 1
                 self._drop(key)
@@ -108,6 +121,7 @@ class NearCache:
     def flush(self) -> None:
         """Drop everything."""
         with self._lock:
+            self._changes += 1
             self._flushes += 1
             self._entries.clear()
             self._used = 0
@@ -131,10 +145,11 @@ class NearCache:
 
     def _put(self, key: bytes, value: bytes, until: float) -> None:
         self._drop(key)
-        if _cost(key, value) > self._size:
+        cost = _cost(key, value)
+        if cost > self._size:
             return
         self._entries[key] = value, until
-        self._used += _cost(key, value)
+        self._used += cost
         while self._used > self._size:
             oldest, (gone, _) = self._entries.popitem(last=False)
             self._used -= _cost(oldest, gone)

@@ -18,6 +18,24 @@ def pause_before(attempt: int) -> float:
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - so that not all come at once
 
 
+class Attempts:
+    """How long to wait before each attempt to connect.
+
+    A connection that was lost soon counts as a failed attempt, so that a server that accepts and
+    hangs up is not asked in a tight loop.
+    """
+
+    def __init__(self) -> None:
+        self._failed = 0
+
+    def pause(self, lasted: float) -> float:
+        """Return the seconds before the next one, after a connection that lasted for so many."""
+        if lasted >= LONGEST_PAUSE:
+            self._failed = 0
+        self._failed += 1
+        return pause_before(self._failed - 1)
+
+
 class Outage:
     """The time from which messages may be missing until all is subscribed again.
 
@@ -34,7 +52,7 @@ class Outage:
         self._timeout = timeout
         self._since: float | None = None
         self._told = False
-        self._attempt = 0
+        self._attempts = Attempts()
         self.next_try = 0.0
 
     def begin(self, since: float) -> None:
@@ -43,15 +61,8 @@ class Outage:
             self._since = since
 
     def failed(self, now: float, lasted: float = 0.0) -> None:
-        """Note that there is no connection, after one that lasted for so many seconds.
-
-        One that was lost soon counts as a failed attempt, so that a server that accepts and hangs
-        up is not asked in a tight loop.
-        """
-        if lasted >= LONGEST_PAUSE:
-            self._attempt = 0
-        self.next_try = now + pause_before(self._attempt)
-        self._attempt += 1
+        """Note that there is no connection, after one that lasted for so many seconds."""
+        self.next_try = now + self._attempts.pause(lasted)
 
     def must_tell(self, now: float) -> bool:
         """Return True once for each outage, when it has lasted for `timeout`."""

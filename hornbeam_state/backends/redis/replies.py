@@ -1,14 +1,19 @@
 """The wire format, RESP2: commands as bytes, and replies from bytes that arrive in pieces.
 
 redis-py's own parsers read from a socket and wait for the rest of a reply; here one thread reads
-many sockets and must not wait for any.
+many sockets and must not wait for any. `quick_replies` uses hiredis where it is installed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from redis.exceptions import InvalidResponse, ResponseError
+
+try:
+    import hiredis
+except ImportError:
+    hiredis = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +24,8 @@ _END: Final = b"\r\n"
 
 def command(*words: bytes) -> bytes:
     """Return the bytes of a command."""
+    if hiredis is not None:
+        return hiredis.pack_command(words)  # type: ignore[no-any-return, arg-type]
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
 
 
@@ -52,6 +59,34 @@ class Replies:
         self._parts = [buffer[at:]]
         self._size = len(buffer) - at
         return replies
+
+
+class Feed(Protocol):
+    """What takes replies apart."""
+
+    def feed(self, data: bytes) -> list[Any]:
+        """Take bytes that arrived; return the replies that they complete; see `Replies.feed`."""
+        ...
+
+
+class HiredisReplies:
+    """The same as `Replies`, by hiredis."""
+
+    def __init__(self) -> None:
+        self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=ResponseError)
+
+    def feed(self, data: bytes) -> list[Any]:
+        """See `Replies.feed`."""
+        self._reader.feed(data)
+        replies = []
+        while (reply := self._reader.gets()) is not False:  # which RESP2 does not have
+            replies.append(reply)
+        return replies
+
+
+def quick_replies() -> Feed:
+    """Return what takes replies apart fastest here."""
+    return Replies() if hiredis is None else HiredisReplies()
 
 
 class _IncompleteError(Exception):

@@ -92,14 +92,17 @@ class SentinelRoutes(Routes):
             outcome = yield from self._send(turn, deadline, fresh=repeated)
             if isinstance(outcome, Interrupted):
                 if repeated or not self._repeats(outcome, batch, started):
-                    raise self._failure(outcome, batch, started) from outcome
+                    reason = self._reason_of(outcome, turn, deadline)
+                    raise self._failure(reason, batch, started) from reason
                 repeated = True
                 continue
             if isinstance(outcome, list):
                 turn.take(outcome)
                 if not turn.todo:
                     break
-            elif not isinstance(outcome, _NO_PRIMARY):
+            elif isinstance(outcome, _NO_PRIMARY):
+                turn.refusal = outcome
+            else:
                 raise self.refusal(outcome) from outcome
             self._demoted(turn.asked)
             if is_late(deadline, self.timeout):
@@ -115,6 +118,14 @@ class SentinelRoutes(Routes):
         if failure.stage is Stage.CONNECTING:
             return time.monotonic() - started < self.timeout
         return super()._repeats(failure, batch, started)
+
+    def _reason_of(
+        self, failure: Interrupted, turn: _Turn, deadline: float
+    ) -> Interrupted | driver.RedisError:
+        """Return what the last server said, if time ran out looking for another."""
+        if turn.refusal and failure.stage is Stage.CONNECTING and is_late(deadline, self.timeout):
+            return turn.refusal
+        return failure
 
     def _send(self, turn: _Turn, deadline: float, *, fresh: bool) -> Work[Outcome]:
         """Send on a connection that is open, or on a new one to whom the sentinels name now."""
@@ -216,8 +227,8 @@ class SentinelRoutes(Routes):
                     f"{self.where}: a sentinel refused ({refusal}): give the address of a sentinel "
                     f"and, if it asks for a password, write ?sentinel_password=PASSWORD"
                 ) from refusal
-        last = outcomes[-1] if outcomes else "no time was left"
-        return driver.ConnectionError(f"no sentinel answers: {last}")
+        last = str(outcomes[-1]) if outcomes else "no time was left"
+        return driver.ConnectionError(f"no sentinel answers: {last or 'time ran out'}")
 
     def _demoted(self, address: Address | None) -> None:
         """Forget a server that is no primary; ask another sentinel first, as this one knew less."""
@@ -236,6 +247,7 @@ class _Turn:
         self.todo = list(range(len(batch.commands)))
         self.commands: Sequence[Command] = batch.commands
         self.asked: Address | None = None
+        self.refusal: driver.RedisError | None = None  # of the last server that was no primary
 
     @property
     def whole(self) -> bool:
@@ -245,11 +257,12 @@ class _Turn:
         """Note the replies; what a server refused for being no primary is still to be asked."""
         if self._batch.is_transaction:
             self.replies = replies
-            done = not any(map(_refuses, _flat(replies)))
-            self.todo = [] if done else self.todo
+            self.refusal = next(filter(_refuses, _flat(replies)), None)
+            self.todo = self.todo if self.refusal else []
             return
         for index, reply in zip(self.todo, replies, strict=True):
             self.replies[index] = reply
+        self.refusal = next(filter(_refuses, replies), None)
         self.todo = [index for index in self.todo if _refuses(self.replies[index])]
         self.commands = [self._batch.commands[index] for index in self.todo]
 

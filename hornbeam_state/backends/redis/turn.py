@@ -68,7 +68,12 @@ class Turn:
         self._at = at
         self._asking: dict[int, Address] = {}
         self._repeated: set[int] = set()
-        self._failure: tuple[StoreError, Exception | None] | None = None
+        self._failure: StoreError | None = None
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it cannot be said any more of what fails now that nothing was changed."""
+        return self.is_begun and not self.batch.independent
 
     def parts(self, known: ClusterMap) -> list[Part]:
         """Say where to send what is still to be asked. What nobody serves is left out."""
@@ -115,15 +120,21 @@ class Turn:
     def fail(
         self, indexes: Iterable[int], error: StoreError, cause: Exception | None = None
     ) -> None:
-        """Give up on commands; with them goes the batch, unless they are independent."""
+        """Give up on commands; with them goes the batch, unless they are independent.
+
+        Args:
+            indexes: The commands.
+            error: What their caller gets.
+            cause: Where it comes from; `errors.may_have_happened` tells by it.
+        """
+        error.__cause__ = cause
         for index in list(indexes):
             self.replies[index] = error
             del self.todo[index]
         if not self.batch.independent and self._failure is None:
-            self._failure = error, cause
+            self._failure = error
 
     def raise_failure(self) -> None:
         """Raise the first error that the whole batch fails with, if there is one."""
         if self._failure is not None:
-            error, cause = self._failure
-            raise error from cause
+            raise self._failure from self._failure.__cause__
