@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import warnings
 from types import SimpleNamespace
 
@@ -14,6 +15,23 @@ PATIENCE = 60.0
 """Seconds after which a hanging child is killed, and its test fails."""
 
 _NOTHING = {"value": None, "error": None, "message": "", "ours": False}
+
+
+def start_program():
+    """Return a program that waits, has all it needs, and inherited what a program can."""
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, close_fds=False)
+    program.stdin.write(b"is there\n")
+    program.stdin.flush()
+    assert program.stdout.readline() == b"is there\n"  # no file of its own comes or goes after
+    return program
+
+
+def stop(pid):
+    """Stop a child; return when all its threads stand still: when busy some go on for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    told = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert told.si_code == os.CLD_STOPPED, f"process {pid} has ended"
 
 
 class Child:

@@ -1,0 +1,1 @@
+"""How calls get from one process to another."""
