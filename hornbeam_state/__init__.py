@@ -71,12 +71,42 @@ from hornbeam_state.errors import (
 )
 from hornbeam_state.locks import Lock
 from hornbeam_state.pubsub import Message, Subscription
+from hornbeam_state.rpc.entries import NodeInfo
+from hornbeam_state.rpc.exposed import expose
+from hornbeam_state.rpc.functions import (
+    acall,
+    acast,
+    anode_info,
+    anodes,
+    arpc_call,
+    arpc_cast,
+    arpc_stream,
+    call,
+    cast,
+    node_info,
+    nodes,
+    rpc_call,
+    rpc_cast,
+    rpc_stream,
+)
+from hornbeam_state.rpc.letters import (
+    DeadLetter,
+    adead_letters,
+    adrop_dead_letters,
+    arepeat_dead_letters,
+    dead_letters,
+    drop_dead_letters,
+    repeat_dead_letters,
+)
+from hornbeam_state.rpc.server import NodeServer, aserve_node, node, serve_node
+from hornbeam_state.rpc.tracing import traceparent
 from hornbeam_state.store import Store, open_store
 
 __all__ = [
     "CodecError",
     "ConfigError",
     "CounterOverflow",
+    "DeadLetter",
     "DeadlineExceeded",
     "HornbeamError",
     "KeyTooLong",
@@ -86,6 +116,8 @@ __all__ = [
     "MISSING",
     "Message",
     "NodeDown",
+    "NodeInfo",
+    "NodeServer",
     "NotExposed",
     "Overloaded",
     "RemoteError",
@@ -97,7 +129,18 @@ __all__ = [
     "StoreUnavailable",
     "Subscription",
     "WrongType",
+    "acall",
+    "acast",
+    "adead_letters",
+    "adrop_dead_letters",
+    "anode_info",
+    "anodes",
     "apublish",
+    "arepeat_dead_letters",
+    "arpc_call",
+    "arpc_cast",
+    "arpc_stream",
+    "aserve_node",
     "astate_add",
     "astate_cas",
     "astate_clear",
@@ -112,11 +155,24 @@ __all__ = [
     "astate_ttl",
     "astate_update",
     "asubscribe",
+    "call",
+    "cast",
+    "dead_letters",
     "default_store",
+    "drop_dead_letters",
+    "expose",
     "lock",
+    "node",
+    "node_info",
+    "nodes",
     "open_store",
     "publish",
     "register_codec",
+    "repeat_dead_letters",
+    "rpc_call",
+    "rpc_cast",
+    "rpc_stream",
+    "serve_node",
     "set_default_store",
     "state_add",
     "state_cas",
@@ -132,4 +188,5 @@ __all__ = [
     "state_ttl",
     "state_update",
     "subscribe",
+    "traceparent",
 ]

@@ -84,15 +84,35 @@ def dump(array: np.ndarray[Any, Any], prefix: bytes = b"", *, keep_order: bool =
     Raises:
         CodecError: the element type is structured, `object`, or another that is not supported.
     """
-    kind, flags = _C_ORDER, array.flags
-    data: Any = array  # numpy's stubs hide that an array is a buffer
-    if not flags.c_contiguous:
-        if keep_order and flags.f_contiguous:
-            kind, data = _F_ORDER, array.T
-        else:
-            data = np.ascontiguousarray(array)
+    kind, data = _in_order(array, keep_order=keep_order)
     dtype = array.dtype
     return b"".join((prefix, _header(kind, dtype.num, dtype, array.shape), data))
+
+
+def dump_parts(array: np.ndarray[Any, Any], prefix: bytes = b"") -> tuple[bytes, memoryview]:
+    """Return what `dump` returns in two parts, the second of which is the elements.
+
+    They are not copied when they are contiguous, and so must not change while the part is in use.
+
+    Raises:
+        CodecError: as `dump`.
+    """
+    kind, data = _in_order(array, keep_order=True)
+    dtype = array.dtype
+    header = prefix + _header(kind, dtype.num, dtype, array.shape)
+    # As bytes: some element types have no buffers of their own.
+    return header, data.reshape(-1).view(np.uint8).data
+
+
+def _in_order(array: np.ndarray[Any, Any], *, keep_order: bool) -> tuple[int, Any]:
+    """Return the kind of an array, and one in C order with the same elements in memory."""
+    # Any: numpy's stubs hide that an array is a buffer.
+    flags = array.flags
+    if flags.c_contiguous:
+        return _C_ORDER, array
+    if keep_order and flags.f_contiguous:
+        return _F_ORDER, array.T
+    return _C_ORDER, np.ascontiguousarray(array)
 
 
 def dump_scalar(scalar: np.generic, prefix: bytes = b"") -> bytes:

@@ -22,7 +22,7 @@ The high four bits of a tag are the version of the format: 8 for now, 9 for the 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,10 @@ T = TypeVar("T")
 
 _LONGEST_INT = len(str(packing.INT_MIN))
 
-_TAGS = [bytes([0x80 + kind]) for kind in range(8)]
+VERSION: Final = 8
+"""The version of the format: the high four bits of every tag."""
+
+_TAGS = [bytes([VERSION << 4 | kind]) for kind in range(8)]
 _PACKED, _STR, _BYTES, _BUFFER, _NONE, _TRUE, _FALSE, _FLOAT = _TAGS
 
 
@@ -54,6 +57,22 @@ def encode(value: Any) -> bytes:
     """
     dump = _ENCODERS.get(type(value))
     return _encode_other(value) if dump is None else dump(value)
+
+
+def encode_parts(value: Any) -> list[bytes | memoryview]:
+    """Return buffers that are the bytes of `encode` when they are joined.
+
+    The elements of an array, and bytes, are not copied when they are contiguous: the last buffer
+    is the memory of the value itself. So the value must not change while the buffers are in use.
+
+    Raises:
+        CodecError: as `encode`.
+    """
+    if type(value) is np.ndarray:
+        return list(arrays.dump_parts(value, _BUFFER))
+    if type(value) is bytes:
+        return [_BYTES, memoryview(value)]
+    return [encode(value)]
 
 
 def decode(data: bytes | memoryview) -> Any:

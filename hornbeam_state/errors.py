@@ -74,14 +74,29 @@ class Overloaded(HornbeamError):
     """A bounded queue is full.
 
     Attributes:
+        sent: Whether the work may have begun; if not, it is safe to have it done elsewhere.
         retry_after_s: In how many seconds another try makes sense; what HTTP clients are told.
     """
 
+    sent: bool = True
     retry_after_s: float = 1.0
+
+    @classmethod
+    def refusal(cls, message: str) -> Overloaded:
+        """Return the error for work that was refused before it began."""
+        error = cls(message)
+        error.sent = False
+        return error
 
 
 class DeadlineExceeded(HornbeamError, TimeoutError):
-    """The deadline passed before the work was done."""
+    """The deadline passed before the work was done.
+
+    Attributes:
+        sent: Whether it may have been begun; if not, it is safe to try again.
+    """
+
+    sent: bool = True
 
 
 class RpcError(HornbeamError):
@@ -89,7 +104,15 @@ class RpcError(HornbeamError):
 
 
 class NodeDown(RpcError):
-    """The node does not answer its heartbeats."""
+    """The node is gone, or cannot be reached.
+
+    Attributes:
+        sent: Whether the call may have reached it; if not, it is safe to try again.
+        retry_after_s: In how many seconds another try makes sense; what HTTP clients are told.
+    """
+
+    sent: bool = True
+    retry_after_s: float = 1.0
 
 
 class NotExposed(RpcError):
@@ -102,7 +125,10 @@ class RemoteError(RpcError):
     Attributes:
         remote_type: Name of the exception's type there.
         remote_message: Its message.
+        remote_traceback: Where it was raised, if the node was asked to tell.
     """
+
+    remote_traceback: str | None = None
 
     def __init__(self, remote_type: str, remote_message: str) -> None:
         super().__init__(f"{remote_type}: {remote_message}")

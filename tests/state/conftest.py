@@ -74,14 +74,14 @@ def redis_server(shared_redis) -> Server:
 
 @pytest.fixture(scope="session")
 def shared_cluster(valkey_binary):
-    cluster = Cluster(valkey_binary).start()
+    cluster = Cluster(valkey_binary, node_timeout_ms=60_000).start()
     yield cluster
     cluster.close()
 
 
 @pytest.fixture(scope="session")
 def shared_watched(valkey_binary):
-    watched = Watched(valkey_binary).start()
+    watched = Watched(valkey_binary, down_after_ms=60_000).start()
     yield watched
     watched.close()
 
@@ -105,8 +105,8 @@ def make_cluster(valkey_binary):
     """Return what starts a Cluster for one test, to be torn apart at will."""
     clusters: list[Cluster] = []
 
-    def make(*options: str, replicas: int = 0) -> Cluster:
-        clusters.append(Cluster(valkey_binary, *options, replicas=replicas))
+    def make(*options: str, **settings: int) -> Cluster:
+        clusters.append(Cluster(valkey_binary, *options, **settings))
         return clusters[-1].start()
 
     yield make
@@ -119,8 +119,8 @@ def make_watched(valkey_binary):
     """Return what starts a primary, a replica and sentinels for one test."""
     groups: list[Watched] = []
 
-    def make(*, sentinels: int = 3) -> Watched:
-        groups.append(Watched(valkey_binary, sentinels=sentinels))
+    def make(**settings: int) -> Watched:
+        groups.append(Watched(valkey_binary, **settings))
         return groups[-1].start()
 
     yield make
@@ -178,3 +178,40 @@ def subscribing(request):
     return lambda backend, topics=TOPIC, maxsize=100: asyncio.run(
         backend.asubscribe(topics, maxsize)
     )
+
+
+@pytest.fixture(params=["call", "acall", "submit"])
+def way(request) -> str:
+    """How to call over a transport: a test passes through all three."""
+    return request.param
+
+
+@pytest.fixture(params=["stream", "astream"])
+def listening(request) -> str:
+    """How to listen to a stream."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["local", "redis"])
+def transport(request) -> str:
+    """What carries the calls between nodes: a module passes through both."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def registry_url(transport, request, tmp_path_factory):
+    """Where the nodes of a module are registered."""
+    if transport == "local":
+        yield f"lmdb://{tmp_path_factory.mktemp('nodes')}/store"
+        return
+    server = Server(request.getfixturevalue("valkey_binary")).start()
+    yield server.url
+    server.close()
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """A file that lets `stop_until` go on; also when the test fails."""
+    path = tmp_path / "gate"
+    yield path
+    path.touch()

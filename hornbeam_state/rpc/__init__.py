@@ -1,0 +1,1 @@
+"""Calls between nodes: who is there, what they offer, and how it is called."""
