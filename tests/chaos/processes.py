@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+from child_processes import stop
+
 
 class Child:
     """A forked process that does some work, notes what it did, and hands back what came of it.
@@ -65,8 +67,7 @@ class Child:
 
     def stop(self) -> None:
         """Stop it, and wait until it stands still."""
-        self.send(signal.SIGSTOP)
-        wait_until(lambda: state_of(self.pid) == "T", "the process is stopped")
+        stop(self.pid)
 
     def outcome(self) -> SimpleNamespace:
         """Wait for the end and return value, error and exit code (negative: the signal)."""

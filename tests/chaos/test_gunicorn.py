@@ -26,6 +26,7 @@ PATIENCE = 30.0
 """Seconds after which an answer counts as never coming."""
 
 APP = """
+from bare_asgi import live, respond
 from hornbeam_state import astate_incr, state_incr
 
 def wsgi(environ, start_response):
@@ -35,14 +36,8 @@ def wsgi(environ, start_response):
 
 async def asgi(scope, receive, send):
     if scope["type"] == "lifespan":
-        while (await receive())["type"] != "lifespan.shutdown":
-            await send({"type": "lifespan.startup.complete"})
-        await send({"type": "lifespan.shutdown.complete"})
-        return
-    body = b"%d" % await astate_incr("n")
-    headers = [(b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+        return await live(receive, send)
+    await respond(send, b"%d" % await astate_incr("n"))
 """
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
+HELPERS = Path(__file__).parent  # whatever stands here, apps of tests may import
 WORKER = "hornbeam_ml.worker.HornbeamWorker"
 # What the tests' own environment says must not decide what a worker derives.
 DECIDING = re.compile(r"HORNBEAM_|GUNICORN_|WEB_CONCURRENCY|\w+_NUM_THREADS$|VECLIB_")
@@ -44,6 +45,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def without(directory: Path, *modules: str) -> str:
+    """Return a ``PYTHONPATH`` with which modules cannot be imported, by files in a directory."""
+    missing = directory / "missing"
+    missing.mkdir()
+    for module in modules:
+        (missing / f"{module}.py").write_text("raise ImportError")
+    return os.pathsep.join(map(str, (missing, ROOT, HELPERS)))
+
+
 class Gunicorn:
     """One gunicorn on a free port of the loopback, ended with the `with` statement.
 
@@ -55,6 +65,9 @@ class Gunicorn:
         worker: The worker class.
     """
 
+    program: tuple[str, ...] = ("-m", "gunicorn")
+    """What Python runs."""
+
     def __init__(
         self,
         target: str,
@@ -64,12 +77,12 @@ class Gunicorn:
         worker: str = WORKER,
     ) -> None:
         inherited = {name: v for name, v in os.environ.items() if not DECIDING.match(name)}
-        path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+        path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(HELPERS)]
         self._log_path = cwd / f"gunicorn-{time.monotonic_ns()}.log"
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "gunicorn", "-k", worker, "-b", "127.0.0.1:0"),
+                    *(sys.executable, *self.program, "-k", worker, "-b", "127.0.0.1:0"),
                     *("--no-control-socket", *options, target),
                 ],
                 cwd=cwd,
@@ -100,9 +113,8 @@ class Gunicorn:
 
     @property
     def url(self) -> str:
-        """Where it listens; waits until it does."""
-        found = self.until(lambda: re.search(r"Listening at: (http\S+)", self.log), "listening")
-        return found.group(1)
+        """Where it listens; waits until it does, which is after an app that is preloaded."""
+        return self.logged(r"Listening at: (http\S+) ", 60).group(1)
 
     def until(self, check: Callable[[], T], what: str, seconds: float = 20.0) -> T:
         """Like `poll`, showing the log on failure, and failing at once when gunicorn ended."""
@@ -139,9 +151,13 @@ class Gunicorn:
         """Send one request over a connection of its own."""
         return httpx.get(self.url + path, timeout=timeout)
 
-    def client(self, timeout: float = 20.0) -> httpx.Client:
-        """Return a client that keeps its connections."""
-        return httpx.Client(base_url=self.url, timeout=timeout)
+    def client(self, timeout: float = 20.0, *, keeps: bool = True) -> httpx.Client:
+        """Return a client that keeps its connections, or makes one for each request.
+
+        gunicorn closes a connection that was idle for 2 s, be a request on its way or not.
+        """
+        limits = httpx.Limits(max_keepalive_connections=None if keeps else 0)
+        return httpx.Client(base_url=self.url, timeout=timeout, limits=limits)
 
     def try_get(self, path: str = "/", timeout: float = 20.0) -> str:
         """Return the body of an answer, or nothing when the connection broke."""

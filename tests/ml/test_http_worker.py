@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import struct
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from gunicorn_process import ROOT, Gunicorn
+from gunicorn_process import Gunicorn, without
 
 MODEL = """
 import threading
@@ -183,12 +182,17 @@ class Service:
 
         return self.server.until(reached, str(expected))["seen"]
 
+    def _blocks(self):
+        """Tell whether the model has noted `block`, so that it is not in what is seen later."""
+        state = self.get("/state").json()
+        return state["running"] == 1 and "block" in state["seen"]
+
     @contextlib.contextmanager
     def held(self, path="/run/block"):
         """Keep the model busy; afterwards `seen` has what ran since."""
         self.reaches(queued=0, running=0)
         blocking = self.later(path)
-        self.reaches(running=1)
+        self.server.until(self._blocks, "the model to be busy")
         yield
         self.get("/go")
         assert blocking.result().status_code == 200
@@ -201,7 +205,8 @@ class Service:
 def serve(directory, app, **env):
     (directory / "model.py").write_text(textwrap.dedent(MODEL))
     (directory / "app.py").write_text(textwrap.dedent(app))
-    with Gunicorn("app:app", cwd=directory, env=env) as server:
+    # Kept connections outlast every test: one that is closed just now would lose its request.
+    with Gunicorn("app:app", "--keep-alive", "60", cwd=directory, env=env) as server:
         server.logged("Ready:")
         service = Service(server)
         yield service
@@ -218,10 +223,7 @@ def httptools(tmp_path_factory):
 def h11(tmp_path_factory):
     """The same where httptools is not installed."""
     directory = tmp_path_factory.mktemp("h11")
-    (directory / "missing").mkdir()
-    (directory / "missing" / "httptools.py").write_text("raise ImportError")
-    paths = [str(directory / "missing"), str(ROOT)]
-    yield from serve(directory, ASGI, PYTHONPATH=os.pathsep.join(paths))
+    yield from serve(directory, ASGI, PYTHONPATH=without(directory, "httptools"))
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +339,8 @@ def test_half_of_the_clients_leave(asgi):
     stayed = sorted(clients.keys() - set(gone))
     assert [answer(clients[item]).removesuffix("-0") for item in stayed] == stayed
     ran = asgi.reaches(queued=0, running=0)
-    assert sorted(item.removesuffix("-0") for item in ran) == stayed
+    ours = [item for item in ran if item.startswith("item-")]  # others' may have run late
+    assert sorted(item.removesuffix("-0") for item in ours) == stayed
     for item in gone:
         clients[item].close()
     assert "Traceback" not in asgi.server.log
@@ -362,8 +365,8 @@ def test_an_endpoint_that_swallows_the_error_starts_nothing_else(asgi):
         asgi.reaches(queued=1)
         connection.close()
         asgi.reaches(queued=0)
-        ran = asgi.server.until(lambda: asgi.get("/state").json()["seen"][-3:], "three attempts")
-    assert ran == ["refused"] * 3
+        refused = ["refused"] * 3
+        asgi.server.until(lambda: asgi.get("/state").json()["seen"][-3:] == refused, "refusals")
 
 
 def test_a_later_request_of_a_connection(asgi):

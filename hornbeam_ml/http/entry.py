@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from asyncio import CancelledError
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml.errors import ClientDisconnected
 from hornbeam_ml.request import TIMEOUT_HEADER, Request, deadline_from, set_current_request
 from hornbeam_ml.web import asgi_errors, wsgi_errors
-from hornbeam_ml.web.problems import bad_request
+from hornbeam_ml.web.problems import LEAVING, bad_request
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 _ASGI_NAME: Final = TIMEOUT_HEADER.lower().encode()
 _WSGI_NAME: Final = "HTTP_" + TIMEOUT_HEADER.upper().replace("-", "_")
 _MOST_CAUSES: Final = 20
+
+GRACE_IS_OVER: Final = "--graceful-timeout is over"
+"""With what a server that ends cancels the task of a request: nobody else waits for that."""
 
 
 class AsgiEntry:
@@ -27,6 +31,11 @@ class AsgiEntry:
     def __init__(self, app: Any) -> None:
         self._app = app
         self._request: Request | None = None
+
+    @property
+    def client_left(self) -> bool:
+        """Whether the client of the latest request went away before its response was complete."""
+        return self._request is not None and self._request.client_left
 
     def leave(self) -> None:
         """Note that the connection is lost."""
@@ -52,10 +61,8 @@ class AsgiEntry:
         set_current_request(request)  # of this task alone
         try:
             await self._app(scope, receive, request.send)
-        except Exception as error:
-            if request.client_left and _is_about_leaving(error):
-                return
-            if not await asgi_errors.answer(error, request):
+        except (Exception, CancelledError) as error:
+            if not await _is_settled(error, request):
                 raise
         finally:
             request.end()
@@ -87,6 +94,19 @@ class _Exchange(Request):
 
 def _deadline(header: bytes) -> float:
     return deadline_from(header.decode("latin-1"), time.monotonic())
+
+
+async def _is_settled(error: BaseException, request: _Exchange) -> bool:
+    """Answer an error that means an answer; return whether nobody else needs to know of it."""
+    if isinstance(error, CancelledError):
+        if GRACE_IS_OVER not in error.args:
+            return False
+        if not request.started:
+            await asgi_errors.send_problem(LEAVING, request.send)
+        return True
+    if request.client_left and _is_about_leaving(error):
+        return True
+    return isinstance(error, Exception) and await asgi_errors.answer(error, request)
 
 
 def _is_about_leaving(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import socket
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
@@ -12,17 +13,22 @@ from gunicorn.sock import ssl_context
 from uvicorn.config import Config
 from uvicorn.server import Server
 
-from hornbeam_ml.connections import Connection
+from hornbeam_ml.http.access_log import Observer
+from hornbeam_ml.http.connections import Connection, Connections
+from hornbeam_ml.http.departure import LINGER_S, end_app, finish, stop_accepting
+from hornbeam_ml.http.limits import Limits
+from hornbeam_ml.http.proxies import UnixProxies
+from hornbeam_state.errors import ConfigError
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Generator
     from concurrent.futures import Future
 
-    from hornbeam_ml.interfaces import Interface
+    from hornbeam_ml.http.interfaces import Interface
 
 _POLL_S: Final = 0.05
 _QUICK_SHUTDOWN_S: Final = 0.5  # of the second that the worker leaves itself
+_EXIT_S: Final = 0.1  # from the end of the app's shutdown to that of the process
 
 
 class Host(Protocol):
@@ -30,7 +36,9 @@ class Host(Protocol):
 
     wsgi: Any
     cfg: Any
-    max_requests: int
+    log: Any
+    sockets: Any
+    nr: int
 
     def notify(self) -> None:
         """Tell the arbiter that the loop runs."""
@@ -40,6 +48,13 @@ class Host(Protocol):
 
     def is_wanted(self) -> bool:
         """Return whether to go on serving."""
+        ...
+
+    def leave(self) -> None:
+        """Note that no more connections are accepted."""
+
+    def unfinished(self) -> int:
+        """Return how many calls of servings and of other nodes wait or run."""
         ...
 
     def load_models(self) -> Future[None]:
@@ -59,25 +74,38 @@ class Host(Protocol):
 
 def server_for(worker: Host, interface: Interface) -> Server:
     """Return the server of the worker's app; its `run` serves until the worker has to stop."""
-    return _Server(_config(worker, interface), worker)
+    observer = Observer(worker)
+    config = _config(worker, interface, observer)
+    config.load()
+    if any(listener.sock.family == socket.AF_UNIX for listener in worker.sockets):
+        config.loaded_app = UnixProxies(config.loaded_app, worker.cfg.forwarded_allow_ips)
+    if observer.looks:
+        config.loaded_app = observer.websockets(config.loaded_app)
+    return _Server(config, worker)
 
 
-def _config(worker: Host, interface: Interface) -> Config:
+def _config(worker: Host, interface: Interface, observer: Observer) -> Config:
     """Return uvicorn's configuration with those settings of gunicorn that it knows."""
     cfg = worker.cfg
+
+    class Configured(Connection):
+        limits = Limits.of(cfg)
+        keeps_alive = cfg.keepalive > 0
+
+    Configured.observer = observer if observer.looks else None
     tls = functools.partial(_ssl_context, cfg) if cfg.is_ssl else None
     return Config(
         app=worker.wsgi,
         # uvicorn's own guess takes any app without a coroutine `__call__` for ASGI 2.
         interface=interface,
-        http=Connection,
+        http=Configured,
         loop=cfg.asgi_loop,
         lifespan=cfg.asgi_lifespan,
         root_path=cfg.root_path,
         log_config=None,
+        access_log=False,  # gunicorn's own is written instead
         forwarded_allow_ips=cfg.forwarded_allow_ips,
         backlog=cfg.backlog,
-        limit_max_requests=worker.max_requests,
         timeout_keep_alive=cfg.keepalive,
         timeout_graceful_shutdown=cfg.graceful_timeout,
         ws_max_size=cfg.websocket_max_message_size or sys.maxsize,
@@ -87,7 +115,13 @@ def _config(worker: Host, interface: Interface) -> Config:
 
 def _ssl_context(cfg: Any, _config: Any, _default: Any) -> Any:
     """Build the context as gunicorn does, its `ssl_context` hook included."""
-    return ssl_context(cfg)
+    try:
+        context = ssl_context(cfg)
+    except OSError as error:  # of ssl, too
+        raise ConfigError(f"certfile={cfg.certfile!r}, keyfile={cfg.keyfile!r}: {error}") from error
+    if "h2" in cfg.http_protocols:  # gunicorn offers it to clients, uvicorn does not speak it
+        context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class _Server(Server):
@@ -95,6 +129,7 @@ class _Server(Server):
 
     def __init__(self, config: Config, worker: Host) -> None:
         super().__init__(config)
+        self.server_state: Connections = Connections()
         self._worker = worker
 
     @contextlib.contextmanager
@@ -109,16 +144,30 @@ class _Server(Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Tell the arbiter, ten times a second, that the loop runs; return whether to stop."""
+        self._worker.nr = self.server_state.total_requests
         self._worker.notify()
         return not self._worker.is_wanted() or bool(await super().on_tick(counter))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let requests in flight finish, then end the app's lifespan."""
-        self._worker.expect_silence(self._worker.cfg.graceful_timeout)
-        await super().shutdown(sockets)
-        if self.force_exit:  # uvicorn would cut the app's lifespan off with a traceback
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.lifespan.shutdown(), _QUICK_SHUTDOWN_S)
+        """Stop accepting, let what was begun finish, then end the app's lifespan."""
+        cfg = self._worker.cfg
+        loop = asyncio.get_running_loop()
+        # Before the arbiter's patience is over, too: it would kill, and nobody would say why.
+        end = loop.time() + cfg.graceful_timeout - _EXIT_S
+        self._worker.expect_silence(cfg.graceful_timeout)
+        self._worker.leave()
+        await stop_accepting(self.servers)
+        for sock in sockets or []:
+            sock.close()
+        self.server_state.leave(min(LINGER_S, cfg.graceful_timeout))
+        await finish(
+            self.server_state,
+            cfg.graceful_timeout,
+            lambda: self.force_exit,
+            self._worker.unfinished,
+        )
+        seconds = _QUICK_SHUTDOWN_S if self.force_exit else max(_EXIT_S, end - loop.time())
+        await end_app(self.lifespan.shutdown(), seconds)
 
 
 class _Lifespan:

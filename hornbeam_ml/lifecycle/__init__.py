@@ -1,0 +1,1 @@
+"""The life of a worker among the others of its server: booting, leaving, being replaced."""
