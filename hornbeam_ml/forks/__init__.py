@@ -1,0 +1,1 @@
+"""What happens in the arbiter before it forks, and what must not."""
