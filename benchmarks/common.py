@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -16,7 +17,10 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
@@ -78,6 +82,35 @@ def summary(values: list[float], digits: int = 2) -> dict[str, Any]:
         "max": round(max(values), digits),
         "rounds": [round(value, digits) for value in values],
     }
+
+
+def timed(call: Callable[[], object], count: int) -> list[float]:
+    """Return the microseconds of each of so many calls."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1000)
+    return times
+
+
+async def atimed(call: Callable[[], Awaitable[object]], count: int) -> list[float]:
+    """Awaitable twin of `timed`."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        await call()
+        times.append((time.perf_counter_ns() - start) / 1000)
+    return times
+
+
+def run(loop: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on an event loop of asyncio or of uvloop; return what it returns."""
+    if loop == "uvloop":
+        import uvloop
+
+        return uvloop.run(coroutine)
+    return asyncio.run(coroutine)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NAMES: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
-_slot = 0  # which of the workers of this machine this process is; set once, at worker start
+_slot = 0  # which of the workers of its server this process is; set once, at worker start
 
 
 def check_device(name: str) -> str:
@@ -37,18 +37,26 @@ def set_worker_slot(number: int) -> None:
 def pick_device(name: str) -> str:
     """Return the device that a name means in this process: ``auto`` is a GPU where there is one.
 
-    Without a GPU in the machine torch is not imported to find that out.
+    Workers take turns: with two GPUs those of even slots get the first.
     """
     if name != "auto":
         return name
+    count = count_gpus()
+    return f"cuda:{_slot % count}" if count else "cpu"
+
+
+def count_gpus() -> int:
+    """Return how many GPUs torch can use.
+
+    Without a GPU in the machine torch is not imported to find that out.
+    """
     if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return "cpu"
+        return 0
     try:
         import torch
     except ImportError:
-        return "cpu"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f"cuda:{_slot % count}" if count else "cpu"
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 class CudaQueue:

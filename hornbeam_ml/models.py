@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
 import threading
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hornbeam_ml.errors import ModelError
-from hornbeam_ml.serving.registry import readiness, start_all
+from hornbeam_ml.forks import fork_hazards
+from hornbeam_ml.memory import LoadCost, LoadMeter
+from hornbeam_ml.readiness import register as register_check
+from hornbeam_ml.serving.registry import open_servings, readiness, start_all
 from hornbeam_state.errors import MISSING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 logger = logging.getLogger("hornbeam.models")
 
@@ -31,6 +34,7 @@ class _Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
     model: Any = MISSING
     loader: int | None = None
+    cost: LoadCost | None = None
 
 
 class Models:
@@ -75,6 +79,10 @@ class Models:
             for name, entry in list(self._entries.items())
         }
 
+    def costs(self) -> dict[str, LoadCost | None]:
+        """Return what loading each took, None for one that is not loaded yet."""
+        return {name: entry.cost for name, entry in list(self._entries.items())}
+
     def must_wait(self, name: str) -> bool:
         """Return whether `get` would load, or wait for someone who does."""
         entry = self._entries.get(name)
@@ -94,6 +102,17 @@ class Models:
         with self._lock:
             self._entries.clear()
 
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Undo, in the end, what is registered in a block; what is loaded in it stays loaded."""
+        with self._lock:
+            before = dict(self._entries)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._entries = before
+
     def forget_after_fork(self) -> None:
         """Replace, in a forked child, the locks that threads of the parent may hold."""
         self._lock = threading.Lock()
@@ -104,7 +123,8 @@ class Models:
 
 def _load(entry: _Entry) -> Any:
     """Load and warm up one model; whatever goes wrong names the model."""
-    start = time.monotonic()
+    fork_hazards.note("a model was loaded", repr(entry.name))
+    meter = LoadMeter()
     try:
         model = entry.load()
         if entry.warmup is not None:
@@ -113,7 +133,8 @@ def _load(entry: _Entry) -> Any:
         raise ModelError(
             f"model {entry.name!r} failed to load: {type(error).__name__}: {error}"
         ) from error
-    logger.info("model %r loaded in %.1f s", entry.name, time.monotonic() - start)
+    entry.cost = meter.cost()
+    logger.info("model %r loaded in %.1f s", entry.name, entry.cost.seconds)
     return model
 
 
@@ -170,6 +191,25 @@ def registered_models() -> dict[str, Any]:
     return _models.registered()
 
 
+def some_wait() -> bool:
+    """Return whether there is a model or a serving that `load_all` would load."""
+    return any(map(_models.must_wait, _models.registered())) or any(
+        not serving.loaded for serving in open_servings()
+    )
+
+
+def load_costs() -> dict[str, LoadCost | None]:
+    """Return the registered names, each with what its load took, None before it is loaded."""
+    return _models.costs()
+
+
+@contextlib.contextmanager
+def scope() -> Iterator[None]:
+    """Undo, in the end, what is registered in a block; what is loaded in it stays loaded."""
+    with _models.scope():
+        yield
+
+
 def loaded_models() -> dict[str, bool]:
     """Return the names of models and servings, and whether each is loaded in this process.
 
@@ -179,3 +219,11 @@ def loaded_models() -> dict[str, bool]:
     for name, ready in readiness().items():
         loaded[name] = ready and loaded.get(name, True)
     return loaded
+
+
+def _why_not_ready() -> str:
+    missing = [name for name in _models.registered() if _models.must_wait(name)]
+    return ", ".join(f"model {name!r} is not loaded" for name in missing)
+
+
+register_check("models", _why_not_ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml.embedder.layout import PACKED, PADDED, pack, pad
+from hornbeam_ml.telemetry import without_telemetry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,8 @@ def to_openvino(model: Any, path: Path, settings: TextSettings) -> None:
 
     About a second for all-MiniLM-L6-v2, with an error of 5e-6.
     """
-    import openvino
+    with without_telemetry():
+        import openvino
 
     converted = openvino.convert_model(model, example_input=_example(settings))
     openvino.save_model(converted, path, compress_to_fp16=False)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from math import inf
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
 from hornbeam_ml import threads
 from hornbeam_ml.devices import check_device, pick_device
 from hornbeam_ml.embedder.cached import acached_vectors, cached_vectors
-from hornbeam_ml.embedder.model import Item, TextModel, check_text
+from hornbeam_ml.embedder.model import Facts, TextModel, check_text
+from hornbeam_ml.embedder.offer import EmbedderOffer, target_of
+from hornbeam_ml.embedder.vectors import HostedVectors, LocalVectors, seconds_until
 from hornbeam_ml.embedder.wish import Wish
 from hornbeam_ml.request import current_request
 from hornbeam_ml.serving.serving import Serving
@@ -30,8 +32,6 @@ _TOKENS_ON_GPU: Final = 32_768
 _TEXTS_ON_CPU: Final = 32
 _TEXTS_ON_GPU: Final = 512
 _MOST_STREAMS: Final = 8
-_LONG_FOR_A_LOOP: Final = 20_000
-"""Characters whose tokens take a few milliseconds: an event loop leaves them to a thread."""
 
 
 class Embedder:
@@ -111,6 +111,9 @@ class Embedder:
             deadline_ms=deadline_ms,
         )
         self._model.started_by(self._serving.start)
+        self._offer = EmbedderOffer(self._model, self._serving, self._at_a_time)
+        what = (self.model, backend, precision, device)
+        self._serving.hosted_as(name or target_of(what), self._offer)
 
     # Calls.
 
@@ -144,18 +147,18 @@ class Embedder:
         """
         texts, single = _texts(text_or_texts)
         deadline = self._deadline(timeout_ms)
-        if not self._model.loaded:
-            self.start(_left(deadline))
-        request = self._request(normalize=normalize, deadline=deadline)
+        if not self._serving.found:
+            self.start(seconds_until(deadline))
+        vectors = self._vectors(normalize=normalize, deadline=deadline)
         if inline:
-            rows = self._serving.run_inline(request.items(texts))
+            rows = vectors.compute_inline(texts)
         elif self._cache:
             try:
-                rows = cached_vectors(request, texts, deadline)
+                rows = cached_vectors(vectors, texts, deadline)
             except TimeoutError as error:
                 raise self._too_late() from error
         else:
-            rows = request.compute_all(texts)
+            rows = vectors.compute_all(texts)
         return self._array(rows, single=single)
 
     async def aencode(
@@ -169,22 +172,24 @@ class Embedder:
         """Awaitable twin of `encode`. Cancelled, it takes back the texts that have not started."""
         texts, single = _texts(text_or_texts)
         deadline = self._deadline(timeout_ms)
-        if not self._model.loaded:
-            await self.astart(_left(deadline))
-        request = self._request(normalize=normalize, deadline=deadline)
+        if not self._serving.found:
+            await self.astart(seconds_until(deadline))
+        vectors = self._vectors(normalize=normalize, deadline=deadline)
         if inline:
-            rows = await self._serving.arun_inline(await request.aitems(texts))
+            rows = await vectors.acompute_inline(texts)
         elif self._cache:
-            rows = await self._acached(request, texts)
+            rows = await self._acached(vectors, texts)
         else:
-            rows = await request.acompute_all(texts)
+            rows = await vectors.acompute_all(texts)
         return self._array(rows, single=single)
 
-    async def _acached(self, request: _Request, texts: Sequence[str]) -> list[Any]:
-        timeout = asyncio.timeout(_left(request.deadline))
+    async def _acached(
+        self, vectors: LocalVectors | HostedVectors, texts: Sequence[str]
+    ) -> list[Any]:
+        timeout = asyncio.timeout(seconds_until(vectors.deadline))
         try:
             async with timeout:
-                return await acached_vectors(request, texts)
+                return await acached_vectors(vectors, texts)
         except TimeoutError as error:
             if timeout.expired():
                 raise self._too_late() from error
@@ -195,18 +200,17 @@ class Embedder:
     @property
     def dim(self) -> int:
         """Numbers in a vector; loads the model."""
-        self._serving.start()
-        return self._model.dim
+        return self._facts().dim
 
     @property
     def backend(self) -> str:
         """The library that runs it; loads the model."""
-        return self._model.engine.backend
+        return self._facts().backend
 
     @property
     def precision(self) -> str:
         """The arithmetic of its matrix products; loads the model."""
-        return self._model.engine.precision
+        return self._facts().precision
 
     @property
     def fingerprint(self) -> str:
@@ -215,7 +219,8 @@ class Embedder:
         The same on every backend and in every precision: vectors of one fingerprint can be
         compared with each other.
         """
-        return self._model.source.fingerprint
+        hosted = self._serving.hosted
+        return self._model.source.fingerprint if hosted is None else self._facts().fingerprint
 
     @property
     def ready(self) -> bool:
@@ -287,67 +292,23 @@ class Embedder:
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"{self!r}: the deadline passed before there was a result")
 
-    def _request(self, *, normalize: bool | None, deadline: float) -> _Request:
-        model = self._model
-        wanted = model.engine.normalizes if normalize is None else bool(normalize)
-        return _Request(model, self._serving, wanted, deadline, self._at_a_time)
+    def _vectors(self, *, normalize: bool | None, deadline: float) -> LocalVectors | HostedVectors:
+        terms = {"normalize": normalize, "deadline": deadline, "at_a_time": self._at_a_time}
+        hosted = self._serving.hosted
+        if hosted is not None:
+            return HostedVectors(hosted, **terms)
+        return LocalVectors(self._model, self._serving, **terms)
+
+    def _facts(self) -> Facts:
+        """Return what the model is; loads it."""
+        self._serving.start()
+        hosted = self._serving.hosted
+        return self._model.facts() if hosted is None else Facts(**hosted.info)
 
     def _array(self, rows: Sequence[Any], *, single: bool) -> Any:
         if single:
             return rows[0]
-        return np.stack(rows) if rows else np.empty((0, self._model.dim), np.float32)
-
-
-class _Request(NamedTuple):
-    """How the texts of one call are to be encoded: the `Vectors` of the cache."""
-
-    model: TextModel
-    serving: Serving
-    normalize: bool
-    deadline: float
-    at_a_time: int
-
-    def key(self, text: str) -> tuple[Any, ...]:
-        """Return the model, its numeric class, and the text."""
-        engine, fingerprint = self.model.engine, self.model.source.fingerprint
-        return fingerprint, engine.backend, engine.precision, self.normalize, text
-
-    def items(self, texts: Sequence[str]) -> list[Item]:
-        """Return texts as the serving takes them."""
-        prepare = self.model.engine.prepare
-        return [Item(prepare(text), self.normalize) for text in texts]
-
-    async def aitems(self, texts: Sequence[str]) -> list[Item]:
-        """Awaitable twin of `items`."""
-        if sum(map(len, texts)) < _LONG_FOR_A_LOOP:
-            return self.items(texts)
-        return await asyncio.to_thread(self.items, texts)
-
-    def compute(self, text: str) -> Any:
-        """Return the vector of a text."""
-        return self.compute_all([text])[0]
-
-    async def acompute(self, text: str) -> Any:
-        """Awaitable twin of `compute`."""
-        return (await self.acompute_all([text]))[0]
-
-    def compute_all(self, texts: Sequence[str]) -> list[Any]:
-        """Return the vectors of some texts."""
-        return self.serving.run_batch(self.items(texts), timeout_ms=self._timeout_ms())
-
-    async def acompute_all(self, texts: Sequence[str]) -> list[Any]:
-        """Awaitable twin of `compute_all`."""
-        items = await self.aitems(texts)
-        return await self.serving.arun_batch(items, timeout_ms=self._timeout_ms())
-
-    def _timeout_ms(self) -> float | None:
-        left = _left(self.deadline)
-        return None if left is None else 1000 * left
-
-
-def _left(deadline: float) -> float | None:
-    """Return the seconds until a deadline; None: there is none."""
-    return None if deadline == inf else max(0.0, deadline - time.monotonic())
+        return np.stack(rows) if len(rows) else np.empty((0, self.dim), np.float32)
 
 
 def _texts(text_or_texts: Any) -> tuple[list[str], bool]:

@@ -173,9 +173,9 @@ class Source:
         self, kept: Workshop, wish: Wish, candidates: list[tuple[str, Precision]]
     ) -> Report:
         logger.info(
-            "%s is converted and measured, once for this machine; takes about half a minute; "
-            "kept in %s",
-            *(self.label, kept.directory),
+            "%s is converted and measured for streams=%d, once for this machine; takes about half "
+            "a minute; kept in %s",
+            *(self.label, wish.streams, kept.directory),
         )
         report = self._prepared(self.exported or kept, wish, candidates)
         if report.unsupported or report.best():

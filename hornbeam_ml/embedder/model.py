@@ -34,6 +34,24 @@ class Item(NamedTuple):
     normalize: bool
 
 
+class Facts(NamedTuple):
+    """What a loaded model is.
+
+    Attributes:
+        dim: Numbers in a vector.
+        backend: The library that runs it.
+        precision: The arithmetic of its matrix products.
+        fingerprint: Which model it is.
+        normalizes: Whether its own last step makes vectors of length 1.
+    """
+
+    dim: int
+    backend: str
+    precision: str
+    fingerprint: str
+    normalizes: bool
+
+
 class TextModel:
     """What a serving needs of an embedding model. It does not refer to that serving.
 
@@ -84,6 +102,17 @@ class TextModel:
         if self._source is None:  # two threads may both make it: they make the same
             self._source = Source(directory_of(self.name), self.name)
         return self._source
+
+    def facts(self) -> Facts:
+        """Return what it is; has it loaded if need be."""
+        engine = self.engine
+        return Facts(
+            dim=self.dim,
+            backend=engine.backend,
+            precision=engine.precision,
+            fingerprint=self.source.fingerprint,
+            normalizes=engine.normalizes,
+        )
 
     def forget_after_fork(self) -> None:
         """In a forked child: load anew when used, and read anew what the model is."""

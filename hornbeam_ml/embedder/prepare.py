@@ -8,13 +8,11 @@ them has none of it.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -29,13 +27,12 @@ from hornbeam_ml.embedder.probe import measure, probe_texts
 from hornbeam_ml.embedder.settings import Unsupported
 from hornbeam_ml.embedder.workshop import FILES, REFERENCE, SETTINGS, TOKENIZER, Workshop
 from hornbeam_ml.errors import ModelError
+from hornbeam_ml.processes import end_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hornbeam_ml.embedder.engines.base import Engine
-
-_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 def write_description(checkpoint: Checkpoint, fingerprint: str, workshop: Workshop) -> None:
@@ -115,19 +112,12 @@ def _measurements(
 
 def main() -> None:
     """Serve one request."""
-    _end_with(int(sys.argv[1]))
+    end_with_parent(int(sys.argv[1]))
     answer = os.dup(1)
     os.dup2(2, 1)  # libraries print; only the report is the answer
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     with os.fdopen(answer, "wb") as file:
         file.write(msgspec.json.encode(prepare(request)))
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process with its parent: nobody wants the rest."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit("the process that asked has ended")
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ under the lock of its queue only; waking happens outside of it.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import threading
 from collections import deque
 from concurrent.futures import InvalidStateError
-from math import inf
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from hornbeam_state import waking
 from hornbeam_state.errors import Overloaded
+from hornbeam_state.waking import Gate, TaskGate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from hornbeam_ml.promises import Promise
     from hornbeam_ml.request import Request
@@ -41,20 +39,12 @@ DONE: Final = _Done()
 MOST_CHUNKS: Final = 4096
 
 
-class Waker(Protocol):
+class Waker(waking.Waker, Protocol):
     """Tells whoever waits for a call that there is something to see."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        """Where `wake` has to be called; None: anywhere."""
-        ...
 
     def start(self) -> bool:
         """Note that the call runs now; return False when it was cancelled."""
         ...
-
-    def wake(self, call: Call) -> None:
-        """Tell the waiter; may be called again."""
 
 
 class Call:
@@ -181,45 +171,25 @@ class Entry:
         return self.call.deadline
 
 
-class ThreadWaker:
+class ThreadWaker(Gate):
     """A thread that blocks."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ()
     loop = None
-
-    def __init__(self) -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
-
-    def wait(self, seconds: float) -> bool:
-        """Block until woken, or for so long; return whether it was woken."""
-        if seconds == inf:
-            return self._gate.acquire()
-        return self._gate.acquire(timeout=min(max(0.0, seconds), threading.TIMEOUT_MAX))
 
     def start(self) -> bool:
         """Return True: one that stops waiting says so."""
         return True
 
     def wake(self, call: Call) -> None:  # noqa: ARG002 - a Waker
-        """Open the gate, unless it is open."""
-        with contextlib.suppress(RuntimeError):
-            self._gate.release()
+        """Let the thread go on."""
+        self.open()
 
 
-class TaskWaker:
+class TaskWaker(TaskGate):
     """An asyncio task that awaits."""
 
-    __slots__ = ("_future", "loop")
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._future = self.loop.create_future()
-
-    async def wait(self) -> None:
-        """Wait until woken since the last wait."""
-        await self._future
-        self._future = self.loop.create_future()
+    __slots__ = ()
 
     def start(self) -> bool:
         """Return True: one that stops waiting says so."""
@@ -227,8 +197,7 @@ class TaskWaker:
 
     def wake(self, call: Call) -> None:  # noqa: ARG002 - a Waker
         """Let the task go on."""
-        if not self._future.done():
-            self._future.set_result(None)
+        self.open()
 
 
 class PromiseWaker:
@@ -271,22 +240,3 @@ class PromiseWaker:
         except BaseException:
             # The future catches no more than Exception, and this thread has others to wake.
             logger.exception("a callback of a future raised")
-
-
-def wake(calls: Iterable[Call]) -> None:
-    """Tell the waiters of some calls, those of one event loop all at once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Call]] = {}
-    for call in calls:
-        loop = call.waker.loop
-        if loop is None:
-            call.waker.wake(call)
-        else:
-            by_loop.setdefault(loop, []).append(call)
-    for loop, group in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # it is closed, and its tasks are gone
-            loop.call_soon_threadsafe(_wake_here, group)
-
-
-def _wake_here(calls: Sequence[Call]) -> None:
-    for call in calls:
-        call.waker.wake(call)

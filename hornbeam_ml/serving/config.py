@@ -43,6 +43,7 @@ class ServingConfig:
     length: Callable[[Any], int] | None
     max_batch_tokens: int | None
     pads: Callable[[], bool]
+    idempotent: bool
     fingerprint: str | None
 
     def __post_init__(self) -> None:

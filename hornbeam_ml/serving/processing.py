@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from hornbeam_ml.functions import is_coroutine_function
 from hornbeam_ml.streams import finish
 
 if TYPE_CHECKING:
@@ -24,12 +27,13 @@ class Processing:
     ) -> None:
         self._before = before
         self._after = after
+        self._before_blocks = before is not None and not is_coroutine_function(before)
+        self._after_blocks = after is not None and not is_coroutine_function(after)
 
     @property
     def awaits(self) -> bool:
         """Whether preparing an item has to be awaited."""
-        call = getattr(type(self._before), "__call__", None)  # noqa: B004 - an object's own code
-        return inspect.iscoroutinefunction(self._before) or inspect.iscoroutinefunction(call)
+        return self._before is not None and (_in_threads.get() or not self._before_blocks)
 
     def prepare(self, items: Iterable[Any]) -> list[Any]:
         """Return what the model gets for the items of a caller; blocks."""
@@ -41,6 +45,8 @@ class Processing:
         """Awaitable twin of `prepare`."""
         if self._before is None:
             return list(items)
+        if self._before_blocks and _in_threads.get():
+            return await asyncio.to_thread(self.prepare, items)
         return [await _awaited(self._before(item)) for item in items]
 
     def finish(self, result: Any) -> Any:
@@ -49,7 +55,11 @@ class Processing:
 
     async def afinish(self, result: Any) -> Any:
         """Awaitable twin of `finish`."""
-        return result if self._after is None else await _awaited(self._after(result))
+        if self._after is None:
+            return result
+        if self._after_blocks and _in_threads.get():
+            return await asyncio.to_thread(self.finish, result)
+        return await _awaited(self._after(result))
 
     def finish_all(self, results: list[Any]) -> list[Any]:
         """Return what a caller gets for some results; blocks."""
@@ -59,7 +69,21 @@ class Processing:
         """Awaitable twin of `finish_all`."""
         if self._after is None:
             return results
+        if self._after_blocks and _in_threads.get():
+            return await asyncio.to_thread(self.finish_all, results)
         return [await self.afinish(result) for result in results]
+
+
+_in_threads: ContextVar[bool] = ContextVar("in_threads", default=False)
+
+
+def use_threads() -> None:
+    """In this task awaitable twins run plain functions in threads.
+
+    Who answers calls of other processes does: on one event loop a slow function for one of them
+    would hold up all the others.
+    """
+    _in_threads.set(True)
 
 
 async def _awaited(value: Any) -> Any:

@@ -13,12 +13,13 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from hornbeam_ml.errors import ClientDisconnected
-from hornbeam_ml.serving.calls import Call, Entry, PromiseWaker, StreamingCall, wake
+from hornbeam_ml.serving.calls import Call, Entry, PromiseWaker, StreamingCall
 from hornbeam_ml.serving.failures import copies
 from hornbeam_ml.serving.policy import Policy
 from hornbeam_ml.serving.stats import Extent, ServingStats, Tally
 from hornbeam_ml.serving.takers import Taker, Takers
 from hornbeam_state.errors import DeadlineExceeded, Overloaded
+from hornbeam_state.waking import wake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -113,6 +114,14 @@ class BatchQueue:
     def abandon(self, call: Call) -> None:
         """Finish a call that nobody waits for any more: what has not started never runs."""
         self._leave(call, None)
+
+    def forget(self, call: StreamingCall) -> None:
+        """Let the chunks of a call go unheard, without a lock: a finalizer calls it."""
+        call.unheard = True
+
+    def seconds_left(self, call: Call) -> float:
+        """Return the seconds until the deadline of a call."""
+        return call.deadline - self.clock()
 
     def disconnect(self, call: Call) -> None:
         """Finish a call whose HTTP client left: what has not started never runs."""
@@ -291,6 +300,11 @@ class BatchQueue:
         """Note that a batch goes on."""
         taker.progress = self.clock()
 
+    @property
+    def unfinished(self) -> int:
+        """How many calls wait or run."""
+        return len(self._unfinished)
+
     def any_stuck(self, limit_s: float) -> bool:
         """Return whether there is a batch in which nothing has happened for so long."""
         with self._lock:
@@ -390,7 +404,7 @@ class BatchQueue:
         return ended and not len(self._policy)
 
     def _overloaded(self) -> Overloaded:
-        error = Overloaded(f"{self.name}: {self._limit} items wait already")
+        error = Overloaded.refusal(f"{self.name}: {self._limit} items wait already")
         wait_s = self.tally.time_for(self._limit) / max(1, len(self._takers))
         error.retry_after_s = min(max(1.0, wait_s), _LONGEST_RETRY_S)
         return error

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 from hornbeam_ml import threads
 from hornbeam_ml.devices import pick_device
 from hornbeam_ml.errors import ModelError, ServingClosed
+from hornbeam_ml.forks import fork_hazards
+from hornbeam_ml.memory import LoadCost, LoadMeter
 from hornbeam_ml.serving.bisection import run_batch
 from hornbeam_ml.serving.model import LoadedModel, Steps
 from hornbeam_ml.serving.queue import BatchQueue
@@ -51,6 +53,7 @@ class Runner:
         failed: Whether loading failed, so that another runner may try again.
         loaded: Done when all instances are loaded and warm, and their streams take batches; its
             error says why they do not.
+        costs: What loading each instance took.
     """
 
     def __init__(self, config: ServingConfig) -> None:
@@ -65,6 +68,7 @@ class Runner:
         )
         self.failed = False
         self.loaded: Future[None] = Future()
+        self.costs: list[LoadCost] = []
         self.template = Template(config)
         self._config = config
         self._lock = threading.Lock()
@@ -78,13 +82,27 @@ class Runner:
 
     def start(self) -> None:
         """Begin to load, on a stream's thread, one instance after the other."""
+        fork_hazards.note("a serving was started", self._config.label)
         self._began = time.monotonic()
         self._load_next()
 
     @property
     def ready(self) -> bool:
         """Whether everything is loaded, all streams take batches, and none of these hangs."""
-        return self._all_set_up and not self.queue.any_stuck(self._config.stuck_after_s)
+        return self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not ready, in a few words."""
+        if self.failed:
+            return "failed to load"
+        if not self.loaded.done():
+            return "is not loaded"
+        if not self._all_set_up:
+            return "has stopped" if self._ending else "lacks a stream"
+        if self.queue.any_stuck(self._config.stuck_after_s):
+            return "hangs"
+        return None
 
     @property
     def _all_set_up(self) -> bool:
@@ -139,6 +157,7 @@ class Runner:
 
     def _load(self, first: _Seat) -> None:
         device = first.stream.device
+        meter = LoadMeter()
         try:
             model = LoadedModel.load(self._config, device)
             self._warm_up(model, first)
@@ -147,6 +166,7 @@ class Runner:
             first.finished = True
             self._fail_load(error)
             return
+        self.costs.append(meter.cost())
         self._models.append(model)
         for seat in [first, *others]:
             seat.model = model
@@ -159,12 +179,12 @@ class Runner:
             f"{self._config.label} failed to load: {type(error).__name__}: {error}"
         )
         failure.__cause__ = error
+        self.failed = True  # first: whoever is told may try again at once
         self._end(failure)
         for seat in list(self._seats):
             if seat.model is None and not seat.finished:  # its stream has nothing to do yet
                 seat.finished = True
                 self._left(seat, None)
-        self.failed = True
         self._set_loaded(failure)
 
     def _set_loaded(self, error: BaseException | None) -> None:

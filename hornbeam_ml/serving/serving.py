@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import weakref
-from math import inf
+import contextlib
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from hornbeam_ml.errors import ModelError, ServingClosed
-from hornbeam_ml.promises import Promise
-from hornbeam_ml.serving import registry
-from hornbeam_ml.serving.admission import Admission
-from hornbeam_ml.serving.calls import Call, PromiseWaker, StreamingCall, TaskWaker, ThreadWaker
+from hornbeam_ml.serving import chosen_hosts, registry
+from hornbeam_ml.serving.answers import answer, answer_stream
+from hornbeam_ml.serving.client import HostedCalls
 from hornbeam_ml.serving.config import ServingConfig
-from hornbeam_ml.serving.model import Steps
-from hornbeam_ml.serving.processing import Processing
-from hornbeam_ml.serving.runner import Runner
-from hornbeam_ml.serving.stats import ServingStats, Tally
-from hornbeam_ml.serving.timekeeper import watch
-from hornbeam_ml.serving.waiting import (
-    AsyncChunks,
-    Chunks,
-    DeferredChunks,
-    await_for,
-    wait_for,
-)
-from hornbeam_ml.streams import current_stream
-from hornbeam_state.errors import DeadlineExceeded
+from hornbeam_ml.serving.local import LocalCalls
+from hornbeam_ml.serving.waiting import DeferredChunks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Callable,
+        Hashable,
+        Iterable,
+        Iterator,
+        Sequence,
+    )
     from concurrent.futures import Future
 
-    from hornbeam_ml.serving.admission import Terms
+    from hornbeam_ml.memory import LoadCost
+    from hornbeam_ml.serving.hosts import Hosts
+    from hornbeam_ml.serving.stats import ServingStats
+    from hornbeam_state.transports.base import Request
 
 
 class Serving:
@@ -79,6 +74,8 @@ class Serving:
             length of the longest. An item of more goes alone. None: as many as there are.
         pads: With `length`: returns, once it is loaded, whether the model pads the items of a batch
             to the longest. When it does not, streams do not share out what waits.
+        idempotent: Whether running an item twice does what running it once does. `predict` may
+            then be asked to have a late item run by a second node too.
         fingerprint: Says what the model is, such as a digest of its weights: equal exactly for
             models that compute the same. With it `cached_inference` of a method of the serving is
             shared with other processes; without, results are cached within this one.
@@ -114,6 +111,7 @@ class Serving:
         length: Callable[[Any], int] | None = None,
         max_batch_tokens: int | None = None,
         pads: Callable[[], bool] = lambda: True,
+        idempotent: bool = False,
         fingerprint: str | None = None,
     ) -> None:
         self._config = ServingConfig(
@@ -136,15 +134,15 @@ class Serving:
             length=length,
             max_batch_tokens=max_batch_tokens,
             pads=pads,
+            idempotent=idempotent,
             fingerprint=fingerprint,
         )
-        self._admission = Admission(self._config)
-        self._processing = Processing(preprocess, postprocess)
-        self._lock = threading.Lock()
-        self._runner: Runner | None = None
-        self._closed: ServingClosed | None = None
-        self._finalizer = weakref.finalize(self, int)
+        self._local = LocalCalls(self._config)
+        self._known: LocalCalls | HostedCalls | None = None
+        self._target = name
         registry.add(self, name)
+        if name is not None:
+            registry.offer(name, self)
 
     # Calls.
 
@@ -184,25 +182,14 @@ class Serving:
         than the queue has room for go in as room appears. The first that fails fails the call,
         and those that have not started by then are never run.
         """
-        terms = self._admission.terms(key, timeout_ms)
-        prepared = self._processing.prepare(items)
-        if not prepared:
-            return []
-        runner, waker = self._running(), ThreadWaker()
-        call = self._admission.admit(runner, Call, prepared, terms, waker)
-        return self._processing.finish_all(wait_for(runner.queue, call, waker))
+        return self._calls().run_batch(items, key=key, timeout_ms=timeout_ms)
 
     async def arun_batch(
         self, items: Iterable[Any], *, key: Hashable = None, timeout_ms: float | None = None
     ) -> list[Any]:
         """Awaitable twin of `run_batch`."""
-        terms = self._admission.terms(key, timeout_ms)
-        prepared = await self._processing.aprepare(items)
-        if not prepared:
-            return []
-        runner, waker = self._running(), TaskWaker()
-        call = self._admission.admit(runner, Call, prepared, terms, waker)
-        return await self._processing.afinish_all(await await_for(runner.queue, call, waker))
+        calls = self._known or await self._acalls()
+        return await calls.arun_batch(items, key=key, timeout_ms=timeout_ms)
 
     def submit(
         self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None
@@ -212,17 +199,11 @@ class Serving:
         The future can be cancelled until its batch starts. `postprocess` runs on the stream's
         thread, as there is no caller that waits.
         """
-        promise = Promise()
-        waker = PromiseWaker(promise, self._processing.finish)
-        terms = self._admission.terms(key, timeout_ms)
-        prepared, runner = self._processing.prepare([item]), self._running()
-        call = self._admission.admit(runner, Call, prepared, terms, waker)
-        promise.add_done_callback(_abandon_if_cancelled(runner, call))
-        if call.deadline != inf:
-            watch(runner.queue, call)
-        return promise
+        return self._calls().submit(item, key=key, timeout_ms=timeout_ms)
 
-    def stream(self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None) -> Chunks:
+    def stream(
+        self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None
+    ) -> Iterator[Any]:
         """Return an iterator of the chunks of one item, as the model makes them; see `run`.
 
         The model is a generator: each step yields a list with one chunk for each item of its
@@ -238,33 +219,24 @@ class Serving:
             Overloaded: now: the queue is full; from the iterator: the listener is 4,096 chunks
                 behind.
         """
-        terms = self._admission.terms(key, timeout_ms)
-        prepared = self._processing.prepare([item])
-        runner, waker = self._running(), ThreadWaker()
-        call = self._admission.admit(runner, StreamingCall, prepared, terms, waker)
-        return Chunks(runner.queue, call, waker, self._processing.finish)
+        return self._calls().stream(item, key=key, timeout_ms=timeout_ms)
 
     def astream(
         self, item: Any, *, key: Hashable = None, timeout_ms: float | None = None
-    ) -> AsyncChunks | DeferredChunks:
+    ) -> AsyncIterator[Any]:
         """Twin of `stream`: an async iterator; called without `await`.
 
-        With a coroutine function as `preprocess` the call begins with the first chunk asked for,
-        and is refused there.
+        With a coroutine function as `preprocess`, or while a model host is away, the call begins
+        with the first chunk asked for, and is refused there.
         """
-        terms = self._admission.terms(key, timeout_ms)
-        if not self._processing.awaits:
-            return self._chunks(self._processing.prepare([item]), terms)
+        if self._known is None and chosen_hosts.current() is not None:
 
-        async def begin() -> AsyncChunks:
-            return self._chunks(await self._processing.aprepare([item]), terms)
+            async def begin() -> AsyncIterator[Any]:
+                calls = await self._acalls()
+                return calls.astream(item, key=key, timeout_ms=timeout_ms)
 
-        return DeferredChunks(begin)
-
-    def _chunks(self, prepared: Sequence[Any], terms: Terms) -> AsyncChunks:
-        runner, waker = self._running(), TaskWaker()
-        call = self._admission.admit(runner, StreamingCall, prepared, terms, waker)
-        return AsyncChunks(runner.queue, call, waker, self._processing.afinish)
+            return DeferredChunks(begin)
+        return self._calls().astream(item, key=key, timeout_ms=timeout_ms)
 
     def run_inline(self, items: Iterable[Any], *, key: Hashable = None) -> list[Any]:
         """Return the results of some items, in batches of their own, run here and now; blocks.
@@ -272,29 +244,12 @@ class Serving:
         Here is the current stream's thread where there is one, else the caller's. No other
         caller's items are in these batches, and they wait for no others.
         """
-        key = self._admission.terms(key).key
-        prepared = self._processing.prepare(items)
-        if self._closed is not None:
-            raise ServingClosed(str(self._closed))
-        runner = self._running()
-        self.start()
-        results: list[Any] = [None] * len(prepared)
-        for batch in self._admission.batches(runner, prepared, key):
-            outcome = runner.run_inline([prepared[index] for index in batch], key)
-            if isinstance(outcome, Steps):
-                outcome.close()
-                raise ModelError(f"the model of {self._config.label} is a generator")
-            for index, result in zip(batch, outcome, strict=True):
-                results[index] = result
-        return self._processing.finish_all(results)
+        return self._calls().run_inline(items, key=key)
 
     async def arun_inline(self, items: Iterable[Any], *, key: Hashable = None) -> list[Any]:
         """Awaitable twin of `run_inline`; without a current stream it runs in a thread."""
-        stream = current_stream()
-        if stream is not None:
-            await self.astart()
-            return await stream.arun(self.run_inline, items, key=key)  # type: ignore[no-any-return]
-        return await asyncio.to_thread(self.run_inline, items, key=key)
+        calls = self._known or await self._acalls()
+        return await calls.arun_inline(items, key=key)
 
     # Life.
 
@@ -308,24 +263,12 @@ class Serving:
             ModelError: it failed to load. The next call tries again.
             DeadlineExceeded: it took longer than `timeout`.
         """
-        runner = self._running()
-        try:
-            runner.loaded.result(timeout)
-        except TimeoutError as error:
-            if runner.loaded.done():
-                raise
-            raise DeadlineExceeded(f"{self._config.label} still loads") from error
+        self._calls().start(timeout)
 
     async def astart(self, timeout: float | None = None) -> None:
         """Awaitable twin of `start`."""
-        runner = self._running()
-        try:
-            loaded = asyncio.shield(asyncio.wrap_future(runner.loaded))
-            await asyncio.wait_for(loaded, timeout)
-        except TimeoutError as error:
-            if runner.loaded.done():
-                raise
-            raise DeadlineExceeded(f"{self._config.label} still loads") from error
+        calls = self._known or await self._acalls()
+        await calls.astart(timeout)
 
     @property
     def name(self) -> str | None:
@@ -333,26 +276,48 @@ class Serving:
         return self._config.name
 
     @property
+    def idempotent(self) -> bool:
+        """Whether an item may run twice for one call."""
+        return self._config.idempotent
+
+    @property
     def ready(self) -> bool:
         """Whether it is loaded, warm, all of its streams take batches, and none of these hangs.
 
         A batch hangs when it has run for longer than `deadline_ms`, or 60 s without one; of a
-        generator, when a step has. The serving is ready again when the batch ends.
+        generator, when a step has. The serving is ready again when the batch ends. With a model
+        host it is ready there, and the host can be reached.
         """
-        runner = self._runner
-        return runner is not None and runner.ready
+        return self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not `ready`, without anything of what its model said; None: it is."""
+        return (self._known or self._local).problem
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its model has loaded, here or in the model host, whatever came after."""
+        return (self._known or self._local).loaded
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
-        return self._closed is not None
+        return self._local.closed
+
+    @property
+    def unfinished(self) -> int:
+        """How many calls of this process wait or run."""
+        return (self._known or self._local).unfinished
 
     def stats(self) -> ServingStats:
-        """Return the figures of this process."""
-        runner = self._runner
-        if runner is None:
-            return Tally().stats(name=self.name, ready=False, queued={}, running=0)
-        return runner.queue.stats(name=self.name, ready=runner.ready)
+        """Return the figures of the process that runs the model: this one, or the model host."""
+        return (self._known or self._local).stats()
+
+    @property
+    def load_costs(self) -> Sequence[LoadCost]:
+        """What loading took, of each instance: here, or in the model host."""
+        return (self._known or self._local).load_costs
 
     def close(self, *, drain: bool = True, timeout: float = 30) -> None:
         """Take no more calls, and wait until its streams have ended. Closing again does nothing.
@@ -362,13 +327,9 @@ class Serving:
                 that run finish.
             timeout: Seconds; then everybody who still waits gets `ServingClosed`.
         """
-        error = ServingClosed(f"{self._config.label} is closed")
-        with self._lock:
-            self._closed = self._closed or error
-            runner = self._runner
+        self._known = self._local  # a model host goes on serving others
         registry.remove(self, self.name)
-        if runner is not None:
-            runner.close(error, drain=drain, timeout=timeout)
+        self._local.close(drain=drain, timeout=timeout)
 
     async def aclose(self, *, drain: bool = True, timeout: float = 30) -> None:
         """Awaitable twin of `close`."""
@@ -396,36 +357,63 @@ class Serving:
             return None
         return config.fingerprint, config.preprocess, config.postprocess
 
+    # Where it runs.
+
+    @property
+    def here(self) -> LocalCalls:
+        """Its calls in this process, also where a model host runs it."""
+        return self._local
+
+    @property
+    def hosted(self) -> HostedCalls | None:
+        """Its calls in the model host, once it is known that it runs there."""
+        return self._known if isinstance(self._known, HostedCalls) else None
+
+    @property
+    def found(self) -> bool:
+        """Whether there is no more to wait for: it is loaded here, or the host runs it."""
+        return self.hosted is not None or self._local.loaded
+
+    def hosted_as(self, target: str, offer: registry.Offer) -> None:
+        """Be known to model hosts by another name than its own, and let `offer` answer there."""
+        self._target = target
+        registry.offer(target, offer)
+
     def forget_after_fork(self) -> None:
-        """In a forked child: load anew when used."""
-        self._lock = threading.Lock()
-        self._runner = None
+        """In a forked child: load anew when used, and look anew for a model host."""
+        self._known = None
+        self._local.forget_after_fork()
 
-    def _running(self) -> Runner:
-        """Return the runner of this process, made and started now unless there is one."""
-        runner = self._runner
-        if runner is not None and not runner.failed:
-            return runner
-        with self._lock:
-            if self._closed is not None:
-                raise ServingClosed(str(self._closed))
-            if self._runner is None or self._runner.failed:
-                runner = Runner(self._config)
-                # The threads do not refer to the serving, so that it can be collected.
-                self._finalizer.detach()
-                self._finalizer = weakref.finalize(self, runner.queue.drop)
-                self._finalizer.atexit = False
-                runner.start()
-                self._runner = runner
-            return self._runner
+    def _calls(self) -> LocalCalls | HostedCalls:
+        """Return what makes the calls; blocks while a model host has not said what it serves."""
+        if self._known is None:
+            self._known = self._choose(chosen_hosts.serving(self._target))
+        return self._known
 
+    async def _acalls(self) -> LocalCalls | HostedCalls:
+        if self._known is None:
+            self._known = self._choose(await chosen_hosts.aserving(self._target))
+        return self._known
 
-def _abandon_if_cancelled(runner: Runner, call: Call) -> Callable[[Future[Any]], None]:
-    queue, reference = runner.queue, weakref.ref(call)  # the call refers to the future
+    def _choose(self, found: Hosts | None) -> LocalCalls | HostedCalls:
+        if found is None or self._target is None or self.closed:
+            return self._local
+        return HostedCalls(self._target, found, self._config)
 
-    def abandon(future: Future[Any]) -> None:
-        call = reference()
-        if future.cancelled() and call is not None:
-            queue.abandon(call)
+    # In a model host or a node.
 
-    return abandon
+    def info(self) -> dict[str, Any]:
+        """Return what clients have to know beforehand."""
+        return {}
+
+    async def answer(self, request: Request) -> Sequence[Any]:
+        """Answer a call of another process; a node may in turn ask the model host."""
+        # The figures are this process's own. To ask the host for them would block.
+        calls = self._local if request.method == "stats" else await self._acalls()
+        return await answer(calls, request)
+
+    async def answer_stream(self, request: Request) -> AsyncGenerator[Any, None]:
+        """Answer a call of another process for chunks."""
+        async with contextlib.aclosing(answer_stream(await self._acalls(), request)) as chunks:
+            async for chunk in chunks:
+                yield chunk

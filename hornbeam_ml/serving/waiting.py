@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import TYPE_CHECKING, Any, Self
 
+from hornbeam_state import listening
+
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from hornbeam_ml.serving.calls import Call, StreamingCall, TaskWaker, ThreadWaker
     from hornbeam_ml.serving.queue import BatchQueue
@@ -17,7 +17,7 @@ def wait_for(queue: BatchQueue, call: Call, waker: ThreadWaker) -> list[Any]:
     """Return the results of a call; blocks until its deadline. Interrupted, it is abandoned."""
     try:
         while not call.done:
-            if not waker.wait(call.deadline - queue.clock()):
+            if not waker.wait(queue.seconds_left(call)):
                 queue.expire(call)
     except BaseException:
         queue.abandon(call)
@@ -25,23 +25,8 @@ def wait_for(queue: BatchQueue, call: Call, waker: ThreadWaker) -> list[Any]:
     return call.outcome()
 
 
-async def await_for(queue: BatchQueue, call: Call, waker: TaskWaker) -> list[Any]:
-    """Awaitable twin of `wait_for`. Cancelled, the call is abandoned."""
-    timer = _timer(queue, call, waker)
-    try:
-        while not call.done:
-            await waker.wait()
-    except BaseException:
-        queue.abandon(call)
-        raise
-    finally:
-        if timer:
-            timer.cancel()
-    return call.outcome()
-
-
-class Chunks:
-    """The chunks of one item: an iterator, also a context manager that stops listening."""
+class Chunks(listening.Chunks):
+    """The chunks of one item. When nobody listens any more, the rest of its batch goes on."""
 
     def __init__(
         self,
@@ -50,98 +35,30 @@ class Chunks:
         waker: ThreadWaker,
         finish: Callable[[Any], Any],
     ) -> None:
-        self._queue = queue
-        self._call = call
-        self._waker = waker
+        super().__init__(queue, call, waker)
         self._finish = finish
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Any:
         """Return the next chunk, or raise what ended the stream too early."""
-        call = self._call
-        while True:
-            done = call.done  # before looking for chunks: none comes after it
-            if call.chunks:
-                return self._finish(call.chunks.popleft())
-            if done:
-                call.outcome()
-                raise StopIteration
-            try:
-                if not self._waker.wait(call.deadline - self._queue.clock()):
-                    self._queue.expire(call)
-            except BaseException:
-                self.close()
-                raise
-
-    def close(self) -> None:
-        """Stop listening. The rest of the batch goes on."""
-        self._queue.abandon(self._call)
-        self._call.chunks.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # Not `close`: the collector may have interrupted a thread that holds the queue's lock.
-        self._call.unheard = True
+        return self._finish(super().__next__())
 
 
-class AsyncChunks:
-    """The chunks of one item: an async iterator, also a context manager that stops listening."""
+class AsyncChunks(listening.AsyncChunks):
+    """Awaitable twin of `Chunks`."""
 
     def __init__(
         self,
         queue: BatchQueue,
         call: StreamingCall,
         waker: TaskWaker,
-        finish: Callable[[Any], Any],
+        finish: Callable[[Any], Awaitable[Any]],
     ) -> None:
-        self._queue = queue
-        self._call = call
-        self._waker = waker
+        super().__init__(queue, call, waker)
         self._finish = finish
-        self._timer = _timer(queue, call, waker)
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> Any:
         """Return the next chunk, or raise what ended the stream too early."""
-        call = self._call
-        while True:
-            done = call.done
-            if call.chunks:
-                return await self._finish(call.chunks.popleft())
-            if done:
-                await self.aclose()
-                call.outcome()
-                raise StopAsyncIteration
-            try:
-                await self._waker.wait()
-            except BaseException:
-                await self.aclose()
-                raise
-
-    async def aclose(self) -> None:
-        """Stop listening. The rest of the batch goes on."""
-        if self._timer:
-            self._timer.cancel()
-        self._queue.abandon(self._call)
-        self._call.chunks.clear()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        self._call.unheard = True  # as above
+        return await self._finish(await super().__anext__())
 
 
 class DeferredChunks:
@@ -151,9 +68,9 @@ class DeferredChunks:
         begin: Asks for them.
     """
 
-    def __init__(self, begin: Callable[[], Awaitable[AsyncChunks]]) -> None:
-        self._begin: Callable[[], Awaitable[AsyncChunks]] | None = begin
-        self._chunks: AsyncChunks | None = None
+    def __init__(self, begin: Callable[[], Awaitable[AsyncIterator[Any]]]) -> None:
+        self._begin: Callable[[], Awaitable[AsyncIterator[Any]]] | None = begin
+        self._chunks: AsyncIterator[Any] | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -171,16 +88,10 @@ class DeferredChunks:
         """Stop listening. The rest of the batch goes on."""
         self._begin = None
         if self._chunks is not None:
-            await self._chunks.aclose()
+            await self._chunks.aclose()  # type: ignore[attr-defined] # those of streams have it
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
-
-
-def _timer(queue: BatchQueue, call: Call, waker: TaskWaker) -> asyncio.TimerHandle | None:
-    if call.deadline == inf:
-        return None
-    return waker.loop.call_later(call.deadline - queue.clock(), queue.expire, call)

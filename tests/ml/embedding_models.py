@@ -44,7 +44,8 @@ def make_model(
         parts.append(modules.Dense(DIM, 16))
     if normalize:
         parts.append(modules.Normalize())
-    SentenceTransformer(modules=parts, device="cpu", **options).save(str(path / "model"))
+    made = SentenceTransformer(modules=parts, device="cpu", **options)
+    made.save(str(path / "model"), create_model_card=False)  # which takes longer than the rest
     return SentenceTransformer(str(path / "model"), device="cpu")
 
 

@@ -78,9 +78,8 @@ def make_other(path, kind):
     AutoModel.from_config(config).save_pretrained(path / kind)
     made.tokenizer.save_pretrained(path / kind)
     first = modules.Transformer(str(path / kind), max_seq_length=64)
-    SentenceTransformer(modules=[first, modules.Pooling(32)], device="cpu").save(
-        str(path / "other")
-    )
+    other = SentenceTransformer(modules=[first, modules.Pooling(32)], device="cpu")
+    other.save(str(path / "other"), create_model_card=False)
     return path / "other"
 
 

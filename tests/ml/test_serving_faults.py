@@ -182,7 +182,7 @@ def test_a_dropped_serving_that_is_idle_ends():
     until(lambda: not threads())
     unnamed = Serving(lambda: list, streams=3)
     unnamed.start()
-    collected = weakref.ref(unnamed._runner)
+    collected = weakref.ref(unnamed._local._runner)
     del unnamed
     gc.collect()
     until(lambda: collected() is None, "runner and threads are gone")
@@ -242,10 +242,12 @@ def test_a_fork_while_every_lock_is_held_does_not_hang_the_child(held):
     with Serving(lambda: held) as serving:
         running = serving.submit(1)
         held.started(1)
-        inner = serving._runner
-        locks = [inner.queue._lock, inner._lock, serving._lock, running._condition._lock]
+        inner = serving._local._runner
+        locks = [inner.queue._lock, inner._lock, serving._local._lock, running._condition._lock]
         for lock in locks:
-            threading.Thread(target=lock.acquire).start()
+            another = threading.Thread(target=lock.acquire)
+            another.start()
+            another.join(LIMIT_S)
 
         def uses():
             serving.close()

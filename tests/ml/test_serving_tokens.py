@@ -6,7 +6,7 @@ import threading
 from math import inf
 
 import pytest
-from serving_helpers import LIMIT_S, Held, answers, queued
+from serving_helpers import LIMIT_S, Held, answers, queued, until
 
 from hornbeam_ml import Serving, threads
 from hornbeam_ml.serving.queue import BatchQueue
@@ -155,8 +155,12 @@ def four_threads(monkeypatch):
     ("streams", "expected"), [(1, {4}), (2, {4}), (8, {4})], ids=["one", "two", "eight"]
 )
 def test_a_batch_that_is_alone_has_all_compute_threads(four_threads, streams, expected):
+    limits = set()
     with Serving(lambda: lambda _: [threads.current_limit()], streams=streams) as serving:
-        assert {serving.run("item") for _ in range(10)} == expected
+        for _ in range(10):
+            limits.add(serving.run("item"))
+            until(lambda: not serving.stats().running)  # its stream is back from answering
+    assert limits == expected
 
 
 def test_batches_at_the_same_time_share_the_compute_threads(four_threads):

@@ -11,6 +11,7 @@ from gunicorn_process import Gunicorn
 
 APP = """
 import json, os, threading, time, urllib.parse
+from bare_asgi import live, respond
 from hornbeam_ml import Serving, apredict, predict
 
 loaded_in, started, go = [], threading.Event(), threading.Event()
@@ -21,7 +22,7 @@ def load():
     def model(batch):
         if batch == ["first"]:
             started.set()
-            go.wait(10)
+            go.wait(60)
         return [len(batch)] * len(batch)
     return model
 
@@ -46,17 +47,11 @@ def wsgi(environ, start_response):
 
 async def asgi(scope, receive, send):
     if scope["type"] == "lifespan":
-        await receive()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await send({"type": "lifespan.shutdown.complete"})
-        return
+        return await live(receive, send)
     path = scope["path"]
     item = path.removeprefix("/item/")
-    body = answer(path, await apredict("sizes", item) if path != item else None).encode()
-    headers = [(b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    result = await apredict("sizes", item) if path != item else None
+    await respond(send, answer(path, result).encode())
 """
 
 

@@ -197,7 +197,9 @@ def test_the_end_of_a_block_in_another_context_changes_nothing_there(stream):
     """Frameworks run the two halves of a generator in different contexts."""
     stack = contextlib.ExitStack()
     stack.enter_context(stream)
-    threading.Thread(target=stack.close).start()
+    another = threading.Thread(target=stack.close)
+    another.start()
+    another.join(LIMIT_S)
     assert current_stream() is stream
     stream.__exit__(None, None, None)
     assert current_stream() is None

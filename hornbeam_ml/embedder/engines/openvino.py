@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hornbeam_ml import threads
 from hornbeam_ml.embedder.engines.tokens import TokenEngine
 from hornbeam_ml.errors import ModelError
+from hornbeam_ml.telemetry import without_telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,8 @@ class OpenVinoEngine(TokenEngine):
         tokenizer: TextTokenizer,
         settings: TextSettings,
     ) -> None:
-        import openvino
+        with without_telemetry():
+            import openvino
 
         super().__init__(tokenizer, settings)
         self.precision: Precision = precision
