@@ -22,6 +22,13 @@ from hornbeam_ml.cache import (
     cache_stats,
     cached_inference,
 )
+from hornbeam_ml.distributed import (
+    DistributedInference,
+    DistributionStats,
+    NodeFigures,
+    aprocess_batch,
+    process_batch,
+)
 from hornbeam_ml.embedder import Embedder
 from hornbeam_ml.errors import ClientDisconnected, ModelError, ServingClosed, StreamClosed
 from hornbeam_ml.identity import register_fingerprint
@@ -36,10 +43,13 @@ __all__ = [
     "ClientDisconnected",
     "DONE",
     "DeadlineExceeded",
+    "DistributedInference",
+    "DistributionStats",
     "Embedder",
     "HornbeamError",
     "KeyStats",
     "ModelError",
+    "NodeFigures",
     "Overloaded",
     "Serving",
     "ServingClosed",
@@ -51,6 +61,7 @@ __all__ = [
     "acached_inference",
     "aget_model",
     "apredict",
+    "aprocess_batch",
     "asgi_app",
     "awith_stream",
     "cache_clear",
@@ -61,6 +72,7 @@ __all__ = [
     "get_model",
     "install_error_handlers",
     "predict",
+    "process_batch",
     "register_fingerprint",
     "register_model",
     "with_stream",

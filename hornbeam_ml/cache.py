@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import inspect
 import os
 import threading
 import warnings
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hornbeam_ml.errors import ClientDisconnected
 from hornbeam_ml.flights import ABANDONED, UNSHARED, Flight, Flights
+from hornbeam_ml.functions import is_coroutine_function
 from hornbeam_ml.keys import call_key, prefix_of_keys
 from hornbeam_ml.metrics import Metrics
 from hornbeam_ml.request import check_request, seconds_left
@@ -86,10 +86,6 @@ class Cache:
         self._flights = Flights()
         self._metrics = Metrics(_metrics_directory(store))
         self._unstorable: set[str] = set()
-
-    def slot(self) -> int | None:
-        """Return the number of this process; see `Metrics.slot`."""
-        return self._metrics.slot()
 
     def run(self, call: _Call, compute: Callable[[], Any]) -> Any:
         """Return the cached result of a call, computing it if need be."""
@@ -412,10 +408,9 @@ async def acached_inference(
 
     key = key_now()
     call = _Call(key=key, prefix=cache_prefix, ttl=check_ttl(ttl), key_now=key_now)
-    is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-        getattr(fn, "__call__", None)  # noqa: B004 - it is inspected, not tested for
+    result: T = await _default_cache().arun(
+        call, lambda: fn(input), is_async=is_coroutine_function(fn)
     )
-    result: T = await _default_cache().arun(call, lambda: fn(input), is_async=is_async)
     return result
 
 
@@ -465,14 +460,6 @@ def cache_clear(prefix: str | None = None) -> int:
 async def acache_clear(prefix: str | None = None) -> int:
     """Awaitable twin of `cache_clear`."""
     return await asyncio.to_thread(cache_clear, prefix)
-
-
-def process_slot() -> int | None:
-    """Return this process's number among those of this machine that use the default store.
-
-    The number of one that ended goes to the next that starts. None: there is no place to agree.
-    """
-    return _default_cache().slot()
 
 
 def _default_cache() -> Cache:

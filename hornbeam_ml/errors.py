@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hornbeam_state.errors import HornbeamError
+from hornbeam_state.transports.failures import register_error
 
 
 class ModelError(HornbeamError):
@@ -19,3 +20,7 @@ class ServingClosed(HornbeamError):
 
 class StreamClosed(HornbeamError):
     """The stream was closed, its thread ended, or it belongs to the parent of this process."""
+
+
+for _error in (ModelError, ClientDisconnected, ServingClosed, StreamClosed):
+    register_error(_error)  # they come from a model host as they are

@@ -64,16 +64,6 @@ class Metrics:
         with self._lock:  # `+=` on a cell is a read and a write: threads would lose counts
             self._claimed().add(name, deltas)
 
-    def slot(self) -> int | None:
-        """Return the number of this process's slot, from 0 up; None: it counts for itself.
-
-        Numbers are unique among living processes, and as low as can be: that of one that ended
-        goes to the next that starts.
-        """
-        with self._lock:
-            path = self._claimed().path
-        return int(path.name.removeprefix(_SLOT_NAME)) if path is not None else None
-
     def totals(self) -> dict[str, list[int]]:
         """Return the cells of every block, summed over all processes, dead ones too."""
         totals: defaultdict[str, list[int]] = defaultdict(list)

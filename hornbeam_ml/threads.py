@@ -10,6 +10,7 @@ Which number counts, first to last: ``HORNBEAM_THREADS``, then a library's own v
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -82,6 +83,21 @@ def set_environment(budget: int, environ: MutableMapping[str, str] = os.environ)
     for variable in _VARIABLES.values():
         if environ.get(OVERRIDE) or not environ.get(variable):
             environ[variable] = str(budget)
+
+
+@contextlib.contextmanager
+def environment(budget: int, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Tell libraries that are imported in the block, and leave the environment as it was."""
+    before = {variable: environ.get(variable) for variable in _VARIABLES.values()}
+    set_environment(budget, environ)
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                environ.pop(variable, None)
+            else:
+                environ[variable] = value
 
 
 def limit_loaded(budget: int, environ: MutableMapping[str, str] = os.environ) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 from serving_helpers import Held, TaskCallers, ThreadCallers
 
-from hornbeam_state import open_store, set_default_store
+from hornbeam_ml.testing import isolated
 
 
 @pytest.fixture(autouse=True)
 def store(tmp_path):
     """Make a fresh embedded store the process default."""
-    fresh = open_store(f"lmdb://{tmp_path}/store")
-    previous = set_default_store(fresh)
-    yield fresh
-    set_default_store(previous)
-    fresh.close()
+    with isolated(f"lmdb://{tmp_path}/store") as fresh:
+        yield fresh
 
 
 @pytest.fixture(params=[ThreadCallers, TaskCallers], ids=["threads", "tasks"])

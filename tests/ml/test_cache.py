@@ -183,6 +183,7 @@ async def test_tasks_that_ask_for_one_cold_key_compute_once():
         await asyncio.sleep(0.01)
         return [x]
 
+    cache_stats()  # opens the store: all look there before the first has computed
     results = await asyncio.gather(*(acached_inference(fn, 1) for _ in range(50)))
     assert calls == [1]
     assert results == [[1]] * 50
@@ -208,6 +209,7 @@ async def test_waiters_get_the_exception_the_leader_met():
         await asyncio.sleep(0.01)
         raise ValueError("bad")
 
+    cache_stats()  # opens the store: all look there before the first has failed
     results = await asyncio.gather(
         *(acached_inference(fn, 1) for _ in range(5)), return_exceptions=True
     )

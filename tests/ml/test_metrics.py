@@ -112,16 +112,3 @@ def test_damaged_and_foreign_slot_files_do_not_stop_counting(tmp_path):
     metrics = Metrics(directory)
     metrics.add("a", 1)
     assert metrics.totals() == {"a": [1]}
-
-
-def test_a_slot_has_a_number_that_goes_to_the_next_when_it_is_free(tmp_path):
-    """As low as can be, whatever came and went."""
-    first, second = Metrics(tmp_path / "metrics"), Metrics(tmp_path / "metrics")
-    assert (first.slot(), second.slot(), first.slot()) == (0, 1, 0)
-    first.forget_after_fork()  # lets go of it
-    assert Metrics(tmp_path / "metrics").slot() == 0
-
-
-def test_a_process_that_counts_for_itself_has_no_number():
-    """Nobody else would know of it."""
-    assert Metrics(None).slot() is None
