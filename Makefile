@@ -4,6 +4,9 @@ PYTHON ?= python3
 PORT ?= 8000
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# Most tests wait for other processes, so two at a time take little more than half of the time. A
+# file is for one of them: its tests share servers.
+AT_A_TIME ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-long check format bench clean
+.PHONY: help demo demo-nodes test test-long check format bench clean
 
 help: ## say what there is to make
 	@echo 'Set PYTHON to choose an interpreter, PORT and WORKERS for the demo, PYTEST_ARGS for tests.'
@@ -29,8 +32,12 @@ demo: $(VENV)/demo.stamp ## serve the embedding example with a real model
 	@cd examples/embedding_service && exec '$(CURDIR)/$(BIN)/gunicorn' -k hornbeam \
 		--workers $(WORKERS) --bind 127.0.0.1:$(PORT) app:app
 
+demo-nodes: $(VENV)/demo.stamp ## the same on two nodes, with a Redis between them
+	@cd examples/distributed_ml && exec '$(CURDIR)/$(BIN)/python' run.py \
+		--workers $(WORKERS) --port $(PORT)
+
 test: $(VENV)/dev.stamp ## run the tests, without the long ones
-	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not slow' -n $(AT_A_TIME) --dist loadfile $(PYTEST_ARGS)
 
 test-long: $(VENV)/dev.stamp ## run the long tests: kills, full disks, damage
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
@@ -51,6 +58,10 @@ bench: $(VENV)/dev.stamp ## run the benchmarks; each prints JSON
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/hello.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/transport.py
+	$(BIN)/python benchmarks/preload.py
+	$(BIN)/python benchmarks/host.py
+	$(BIN)/python benchmarks/distributed.py
 
 clean: ## remove what these targets made, the demo's store included
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

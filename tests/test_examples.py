@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from gunicorn_process import Gunicorn
 
-from hornbeam_ml import Overloaded, models, register_model
-from hornbeam_state import open_store, set_default_store
+from hornbeam_ml import Overloaded, register_model
+from hornbeam_ml.testing import isolated
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ("embedding_service", "flask_service")
 MODEL = "all-MiniLM-L6-v2"
-STOP_S = 5.0
+STOP_S = 15.0  # gunicorn kills workers after 30 s
 
 
 class Service:
@@ -276,14 +276,10 @@ def test_after_a_restart_everything_is_still_cached(service):
 
 
 @pytest.fixture
-def no_store(monkeypatch, tmp_path):
+def no_store(tmp_path):
     """Name a Redis that is not there, and register the models in a registry of the test's own."""
-    monkeypatch.setattr(models, "_models", models.Models())
-    away = open_store(f"unix://{tmp_path}/no-redis.sock")
-    previous = set_default_store(away)
-    yield
-    set_default_store(previous)
-    away.close()
+    with isolated(f"unix://{tmp_path}/no-redis.sock"):
+        yield
 
 
 def send_to_wsgi(app, method, path, **options):
@@ -331,11 +327,8 @@ def test_without_a_store_clients_are_told_to_come_back(example, no_store):
 @pytest.fixture
 def own_store(tmp_path):
     """Make a fresh store the default."""
-    store = open_store(f"lmdb://{tmp_path}/store")
-    previous = set_default_store(store)
-    yield
-    set_default_store(previous)
-    store.close()
+    with isolated(f"lmdb://{tmp_path}/store"):
+        yield
 
 
 def test_when_too_many_texts_wait_clients_are_told_to_come_back(own_store, monkeypatch):

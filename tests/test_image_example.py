@@ -40,7 +40,7 @@ class Service:
 
     def __init__(self, server):
         self.server = server
-        self._client = server.client(60)
+        self._client = server.client(60, keeps=False)
 
     def close(self):
         self._client.close()

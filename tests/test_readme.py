@@ -9,8 +9,7 @@ import httpx
 import pytest
 from gunicorn_process import Gunicorn
 
-from hornbeam_ml import models
-from hornbeam_state import open_store, set_default_store
+from hornbeam_ml.testing import isolated
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,14 +31,16 @@ def model(tmp_path):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path, model):
-    """A store, a registry of models and a working directory of the test's own."""
+    """A store, registries and a working directory of the test's own."""
     monkeypatch.chdir(model)
-    monkeypatch.setattr(models, "_models", models.Models())
-    store = open_store(f"lmdb://{tmp_path}/store")
-    previous = set_default_store(store)
-    yield
-    set_default_store(previous)
-    store.close()
+    with isolated(f"lmdb://{tmp_path}/store"):
+        yield
+
+
+def first_line_of(statement):
+    """Decorators stand in front of what they decorate."""
+    decorators = getattr(statement, "decorator_list", [])
+    return min(part.lineno for part in (statement, *decorators))
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=first_line_of_code)
@@ -47,7 +48,7 @@ def test_snippets_run_and_their_comments_say_what_they_return(fresh, block):
     """An expression's comment, where it is a literal, is its value."""
     lines, names, checked = block.splitlines(), {}, 0
     for statement in ast.parse(block).body:
-        source = ast.get_source_segment(block, statement)
+        source = "\n".join(lines[first_line_of(statement) - 1 : statement.end_lineno])
         _, _, comment = lines[statement.end_lineno - 1].partition("  # ")
         if isinstance(statement, ast.Expr) and comment:
             assert eval(source, names) == ast.literal_eval(comment), source
@@ -91,7 +92,7 @@ def test_environment_variables_that_are_named_are_those_that_are_read():
         for name in ("ml", "state")
         for path in (ROOT / f"hornbeam_{name}").rglob("*.py")
     )
-    variable = r"\bHORNBEAM_[A-Z]+\b"
+    variable = r"\bHORNBEAM_[A-Z_]+\b"
     assert set(re.findall(variable, README)) == set(re.findall(variable, sources))
 
 
