@@ -832,7 +832,8 @@ class TestDialling:
         before = clients(admin)
         connection = backend._link.dial()
         other = backend._link.dial_to(*backend._link.primaries())
-        assert len(clients(admin) - before) == 2
+        # The kernel accepts them; the server sees them a moment after.
+        wait_until(lambda: len(clients(admin) - before) == 2, "the server sees both")
         backend.close()
         connection.send_packed_command(connection.pack_command("PING"), check_health=False)
         assert connection.read_response() == b"PONG"
