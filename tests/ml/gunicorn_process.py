@@ -156,8 +156,11 @@ class Gunicorn:
 
         gunicorn closes a connection that was idle for 2 s, be a request on its way or not.
         """
-        limits = httpx.Limits(max_keepalive_connections=None if keeps else 0)
-        return httpx.Client(base_url=self.url, timeout=timeout, limits=limits)
+        # The server closes it: told to keep none, the client closes some that other threads got.
+        headers = {} if keeps else {"Connection": "close"}
+        return httpx.Client(
+            base_url=self.url, timeout=timeout, headers=headers, limits=httpx.Limits()
+        )
 
     def try_get(self, path: str = "/", timeout: float = 20.0) -> str:
         """Return the body of an answer, or nothing when the connection broke."""
